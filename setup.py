@@ -1,0 +1,53 @@
+"""Builds fastrank._cpu: every kernel file once per instruction set, the bindings once. Needs a C++17 compiler, not torch."""
+
+import platform
+from pathlib import Path
+
+from pybind11.setup_helpers import Pybind11Extension
+from setuptools import setup
+from setuptools.command.build_ext import build_ext
+
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+# FASTRANK_ISA, floats in a vector, compiler flags. `plain` is whatever the target's baseline offers; its vectors are still
+# eight wide (the compiler splits them), so that the plain path tests the same loop structure.
+INSTRUCTION_SETS = [("plain", 8, [])]
+if X86:
+    INSTRUCTION_SETS += [
+        ("avx2", 8, ["-mavx2", "-mfma"]),
+        ("avx512", 16, ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]),
+    ]
+KERNELS = sorted(str(path) for path in Path("csrc").glob("*.cpp") if path.name != "bindings.cpp")
+HEADERS = sorted(str(path) for path in Path("csrc").glob("*.hpp"))
+# -fno-math-errno lets sqrt vectorise; -Wno-psabi: vector arguments never cross a compiled boundary. NaN and infinity keep
+# their meaning, hence no -ffast-math.
+FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+
+
+class BuildKernels(build_ext):
+    def build_extension(self, extension):
+        platform_macros = [("FASTRANK_X86", "1")] if X86 else []
+        for name, lanes, flags in INSTRUCTION_SETS:
+            extension.extra_objects += self.compiler.compile(
+                KERNELS,
+                output_dir=f"{self.build_temp}/{name}",
+                macros=[("FASTRANK_ISA", name), ("FASTRANK_LANES", str(lanes)), *platform_macros],
+                extra_postargs=[*FLAGS, "-fPIC", *flags],
+                depends=HEADERS,
+            )
+        extension.define_macros += platform_macros
+        super().build_extension(extension)
+
+
+setup(
+    ext_modules=[
+        Pybind11Extension(
+            "fastrank._cpu",
+            ["csrc/bindings.cpp"],
+            depends=HEADERS + KERNELS,
+            extra_compile_args=FLAGS,
+            extra_link_args=["-fopenmp"],
+            cxx_std=17,
+        )
+    ],
+    cmdclass={"build_ext": BuildKernels},
+)
