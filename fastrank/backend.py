@@ -1,0 +1,158 @@
+"""Which backend runs an operation here, and why not the others.
+
+An operation is a folder of fastrank/kernels, a backend a file in it. `auto` takes the first of BACKENDS that refuses
+neither the device nor the dtype of the tensor, and never moves a tensor; an explicit backend that is refused raises.
+"""
+
+import functools
+import importlib
+import importlib.util
+import json
+import os
+import pkgutil
+import warnings
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from fastrank import kernels
+
+BACKENDS = ("cpu", "gpu", "reference")  # in the order in which `auto` asks
+OPS = tuple(sorted(module.name for module in pkgutil.iter_modules(kernels.__path__)))
+DEVICE_TYPES = {"cpu": "cpu", "gpu": "cuda"}
+DTYPES = {"cpu": (torch.float32,), "gpu": (torch.float32, torch.bfloat16, torch.float16)}
+PROBED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_warned: set[str] = set()
+
+
+class BackendRefused(RuntimeError):
+    """An explicitly chosen backend cannot run this operation on this tensor."""
+
+
+@functools.cache
+def _kernel(op: str, backend: str) -> ModuleType:
+    return importlib.import_module(f"fastrank.kernels.{op}.{backend}")
+
+
+@functools.cache
+def _standing_refusals(op: str, backend: str, device_type: str, dtype: torch.dtype) -> tuple[str, ...]:
+    if backend == "reference":
+        return ()
+    if importlib.util.find_spec(f"fastrank.kernels.{op}.{backend}") is None:
+        kind = {"cpu": "C++", "gpu": "GPU"}[backend]
+        return (f"fastrank has no {kind} kernel for {op}.",)
+    sentences = []
+    if backend == "cpu" and importlib.util.find_spec("fastrank._cpu") is None:
+        sentences.append(
+            "The C++ extension fastrank._cpu is not built: install a C++ compiler and run `pip install -e .` in the "
+            "checkout."
+        )
+    if device_type != DEVICE_TYPES[backend]:
+        sentences.append(
+            f"The {backend} backend runs on {DEVICE_TYPES[backend]} tensors, not on {device_type} tensors."
+        )
+    if dtype not in DTYPES[backend]:
+        known = ", ".join(_name(known) for known in DTYPES[backend])
+        sentences.append(f"The {backend} backend computes in {known}, not in {_name(dtype)}.")
+    return tuple(sentences)
+
+
+def refusals(op: str, backend: str, tensor: Tensor) -> list[str]:
+    """Why `backend` cannot run `op` on `tensor`, in sentences; an empty list means that it can.
+
+    op: a name of OPS. backend: a name of BACKENDS. tensor: the operation's first argument; its device, its dtype and,
+    where a kernel has limits, its shape are looked at.
+    """
+    sentences = _standing_refusals(op, backend, tensor.device.type, tensor.dtype)
+    if sentences or backend == "reference":
+        return list(sentences)
+    limits = getattr(_kernel(op, backend), "refusals", None)
+    return [] if limits is None else limits(tensor)
+
+
+def choose(op: str, backend: str, tensor: Tensor) -> ModuleType:
+    """The module fastrank.kernels.<op>.<backend> that runs `op` on `tensor`.
+
+    backend: a name of BACKENDS, or "auto", which means the environment variable FASTRANK_BACKEND where it is set, else
+    the first backend without a refusal. Raises BackendRefused, or ValueError for an unknown name.
+    """
+    origin = ""
+    if backend == "auto":
+        backend = os.environ.get("FASTRANK_BACKEND") or "auto"
+        origin = " (from the environment variable FASTRANK_BACKEND)"
+    if backend == "auto":
+        for candidate in BACKENDS[:-1]:
+            if not refusals(op, candidate, tensor):
+                return _kernel(op, candidate)
+        _warn_of_reference(op, tensor)
+        return _kernel(op, "reference")
+    if backend not in BACKENDS:
+        raise ValueError(f"There is no backend {backend!r}{origin}; known are auto, {', '.join(BACKENDS)}.")
+    if sentences := refusals(op, backend, tensor):
+        raise BackendRefused(f"The backend {backend!r}{origin} cannot run {op}: {' '.join(sentences)}")
+    return _kernel(op, backend)
+
+
+def _warn_of_reference(op: str, tensor: Tensor) -> None:
+    if op in _warned:
+        return
+    _warned.add(op)
+    reasons = " ".join(f"{name}: {' '.join(refusals(op, name, tensor))}" for name in BACKENDS[:-1])
+    warnings.warn(f"{op} runs in plain PyTorch, which is slow. {reasons}", stacklevel=4)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, str(dtype).removeprefix("torch."))
+
+
+def table() -> list[dict]:
+    """One row for each operation and backend: op, backend, runs, dtypes (names that it takes on its own device),
+    refusals."""
+    rows = []
+    for op in OPS:
+        for backend in BACKENDS:
+            device_type = DEVICE_TYPES.get(backend, "cpu")
+            answers = {_name(dtype): _standing_refusals(op, backend, device_type, dtype) for dtype in PROBED_DTYPES}
+            dtypes = [name for name, sentences in answers.items() if not sentences]
+            reasons = [] if dtypes else list(answers["float32"])
+            if backend == "gpu" and not torch.cuda.is_available():
+                reasons.append("torch finds no CUDA device here.")
+            rows.append({"op": op, "backend": backend, "runs": not reasons, "dtypes": dtypes, "refusals": reasons})
+    return rows
+
+
+def machine() -> dict:
+    """The machine as the kernels see it: instruction_set (None without the extension), instruction_sets, num_threads,
+    torch."""
+    facts = {"instruction_set": None, "instruction_sets": [], "num_threads": torch.get_num_threads()}
+    if importlib.util.find_spec("fastrank._cpu") is not None:
+        from fastrank import _cpu
+
+        facts |= {"instruction_set": _cpu.isa(), "instruction_sets": _cpu.supported_isas()}
+    return facts | {"torch": torch.__version__}
+
+
+def backends_command(argv: list[str]) -> int:
+    """Prints the table of backends (`--json`: as one JSON object) and returns the exit status."""
+    if unknown := [argument for argument in argv if argument != "--json"]:
+        import sys
+
+        print(f"backends takes no argument but --json, not {' '.join(unknown)}", file=sys.stderr)
+        return 2
+    if argv:
+        print(json.dumps({"machine": machine(), "backends": table()}))
+        return 0
+    facts = machine()
+    offered = f" (this processor offers {', '.join(facts['instruction_sets'])})" if facts["instruction_sets"] else ""
+    print(
+        f"instruction set {facts['instruction_set']}{offered}, {facts['num_threads']} threads, torch {facts['torch']}"
+    )
+    rows = [("operation", "backend", "runs", "")]
+    for row in table():
+        note = ", ".join(row["dtypes"]) if row["runs"] else " ".join(row["refusals"])
+        rows.append((row["op"], row["backend"], "yes" if row["runs"] else "no", note))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    for row in rows:
+        print("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]).rstrip())
+    return 0

@@ -1,0 +1,171 @@
+"""The menu of accelerated operations: shapes, validation, and one line each that hands over to the chosen backend.
+
+Every tensor is packed: the tokens of all pairs behind one another, cut by offsets. Values of offsets are checked on a
+CPU only, since reading them would make a GPU wait.
+"""
+
+import torch
+from torch import Tensor
+
+from fastrank.backend import choose
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor,
+    *,
+    query_offsets: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """softmax(scale * q k^T) v inside each pair of a packed batch; differentiable once in q, k and v.
+
+    q: (query tokens, heads, head_dim). k, v: (tokens, heads, head_dim), of q's dtype. Each may be a strided view whose
+    last dimension is contiguous, such as a part of a fused projection. offsets: int32 (pairs + 1,), cuts k and v;
+    lengths 2, 4, 3 are [0, 2, 6, 9]. query_offsets: the same for q where its rows are others than those of k (default:
+    offsets). scale: default head_dim ** -0.5. Returns (query tokens, heads, head_dim); a query whose pair has no key
+    gives 0. Raises ValueError with the offending shapes. In training prefer fused_attention, whose gradient needs no
+    copy.
+    """
+    _require(
+        q.dim() == 3 and k.dim() == 3 and k.shape == v.shape and q.shape[1:] == k.shape[1:],
+        "attention takes q (query tokens, heads, head_dim) and k, v (tokens, heads, head_dim)",
+        q=q,
+        k=k,
+        v=v,
+    )
+    _require_alike(q=q, k=k, v=v)
+    for name, rows in (("q", q), ("k", k), ("v", v)):
+        _require_contiguous_rows(name, rows)
+    _check_offsets("offsets", offsets, k)
+    if query_offsets is not None:
+        _check_offsets("query_offsets", query_offsets, q)
+        _require(
+            query_offsets.shape == offsets.shape,
+            "query_offsets must cut as many pairs as offsets",
+            query_offsets=query_offsets,
+            offsets=offsets,
+        )
+    elif q.shape[0] != k.shape[0]:
+        raise ValueError(
+            f"q has {q.shape[0]} tokens and k {k.shape[0]}: where they differ, query_offsets must cut q into pairs."
+        )
+    scale = q.shape[2] ** -0.5 if scale is None else float(scale)
+    return choose("attention", backend, q).attention(q, k, v, offsets, query_offsets, scale)
+
+
+def fused_attention(qkv: Tensor, offsets: Tensor, *, scale: float | None = None, backend: str = "auto") -> Tensor:
+    """attention() of the three parts of one projection, whose gradient is written straight into one tensor.
+
+    qkv: (tokens, 3, heads, head_dim), for instance a linear layer's (tokens, 3 * hidden) output through .view. offsets,
+    scale: as in attention(). Returns (tokens, heads, head_dim).
+    """
+    _require(qkv.dim() == 4 and qkv.shape[1] == 3, "fused_attention takes qkv (tokens, 3, heads, head_dim)", qkv=qkv)
+    _require_contiguous_rows("qkv", qkv)
+    _check_offsets("offsets", offsets, qkv)
+    scale = qkv.shape[3] ** -0.5 if scale is None else float(scale)
+    return choose("attention", backend, qkv).fused_attention(qkv, offsets, scale)
+
+
+def padded_attention(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, *, scale: float | None = None, backend: str = "auto"
+) -> Tensor:
+    """attention() on a padded batch: rows past a pair's length are neither read nor count, come out as 0 and get
+    gradient 0.
+
+    q, k, v: (batch, length, heads, head_dim), one dtype. lengths: int32 or int64 (batch,), each in [0, length]. scale:
+    default head_dim ** -0.5. Returns (batch, length, heads, head_dim).
+    """
+    _require(
+        q.dim() == 4 and q.shape == k.shape == v.shape,
+        "padded_attention takes q, k, v of one shape (batch, length, heads, head_dim)",
+        q=q,
+        k=k,
+        v=v,
+    )
+    _require_alike(q=q, k=k, v=v)
+    for name, rows in (("q", q), ("k", k), ("v", v)):
+        _require_contiguous_rows(name, rows)
+    _require_integers("lengths", lengths, q, (torch.int32, torch.int64))
+    if lengths.shape != q.shape[:1]:
+        raise ValueError(f"lengths must hold one number for each of the {q.shape[0]} pairs, not {_shape(lengths)}.")
+    if lengths.device.type == "cpu" and lengths.numel():
+        values = lengths.numpy()
+        if values.min() < 0 or values.max() > q.shape[1]:
+            raise ValueError(f"lengths must lie in [0, {q.shape[1]}], but reach from {values.min()} to {values.max()}.")
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    return choose("attention", backend, q).padded_attention(q, k, v, lengths, scale)
+
+
+def layer_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, *, backend: str = "auto"
+) -> Tensor:
+    """LayerNorm(x + residual) * weight + bias over the last dimension; differentiable once in every tensor.
+
+    x, residual: (tokens, hidden), residual may be None. weight, bias: (hidden,), of x's dtype. eps: added to the
+    variance. Returns (tokens, hidden). Raises ValueError with the offending shapes.
+    """
+    named = {"x": x, "weight": weight, "bias": bias} | ({} if residual is None else {"residual": residual})
+    _require(
+        x.dim() == 2 and weight.shape == bias.shape == x.shape[1:] and (residual is None or residual.shape == x.shape),
+        "layer_norm takes x and residual (tokens, hidden), weight and bias (hidden,)",
+        **named,
+    )
+    _require_alike(**named)
+    return choose("layer_norm", backend, x).layer_norm(x, residual, weight, bias, float(eps))
+
+
+def _shape(tensor: Tensor) -> str:
+    return f"({', '.join(map(str, tensor.shape))}{',' if tensor.dim() == 1 else ''})"
+
+
+def _require(holds: bool, rule: str, **tensors: Tensor) -> None:
+    if not holds:
+        given = ", ".join(f"{name} {_shape(tensor)}" for name, tensor in tensors.items())
+        raise ValueError(f"{rule}; given: {given}.")
+
+
+def _require_alike(**tensors: Tensor) -> None:
+    first = next(iter(tensors.values()))
+    if any(tensor.dtype != first.dtype or tensor.device != first.device for tensor in tensors.values()):
+        given = ", ".join(f"{name} {tensor.dtype} on {tensor.device}" for name, tensor in tensors.items())
+        raise ValueError(f"All of these must have one dtype and one device; given: {given}.")
+
+
+def _require_contiguous_rows(name: str, rows: Tensor) -> None:
+    if rows.shape[-1] > 1 and rows.stride(-1) != 1 and rows.numel():
+        raise ValueError(
+            f"The last dimension of {name} must be contiguous, not of stride {rows.stride(-1)}: "
+            f"pass {name}.contiguous()."
+        )
+
+
+def _require_integers(name: str, tensor: Tensor, beside: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    if tensor.dtype not in dtypes or tensor.device != beside.device:
+        raise ValueError(
+            f"{name} must be {' or '.join(map(str, dtypes))} on {beside.device}, where the values are, "
+            f"not {tensor.dtype} on {tensor.device}."
+        )
+
+
+def _check_offsets(name: str, offsets: Tensor, rows: Tensor) -> None:
+    """Offsets begin at 0, never decrease and end at the number of rows: otherwise a kernel would read foreign
+    memory."""
+    _require_integers(name, offsets, rows, (torch.int32,))
+    if offsets.dim() != 1 or not len(offsets):
+        raise ValueError(f"{name} must have the shape (pairs + 1,), not {_shape(offsets)}.")
+    if offsets.device.type != "cpu":
+        return
+    values = offsets.numpy()
+    if values[0] != 0:
+        raise ValueError(f"{name} must begin at 0, not at {values[0]}.")
+    if values[-1] != len(rows):
+        raise ValueError(f"{name} must end at the number of tokens, {len(rows)}, not at {values[-1]}.")
+    steps = values[1:] < values[:-1]
+    if steps.any():
+        pair = int(steps.argmax())
+        raise ValueError(
+            f"{name} must not decrease, but pair {pair} reaches from {values[pair]} to {values[pair + 1]}."
+        )
