@@ -1,0 +1,29 @@
+"""Files, mappings or Python rows in; RankingLists out. Never imports torch."""
+
+from fastrank.data.files import DataError
+from fastrank.data.formats import (
+    read_documents,
+    read_lists,
+    read_qrels,
+    read_queries,
+    read_ranked_run,
+    read_run,
+    write_lists,
+    write_qrels,
+    write_run,
+)
+from fastrank.data.ranking_list import RankingList
+
+__all__ = [
+    "DataError",
+    "RankingList",
+    "read_documents",
+    "read_lists",
+    "read_qrels",
+    "read_queries",
+    "read_ranked_run",
+    "read_run",
+    "write_lists",
+    "write_qrels",
+    "write_run",
+]
