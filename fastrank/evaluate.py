@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from fastrank.data import DataError, RankingList, read_qrels, read_run
+from fastrank.data import DataError, LoadedData, RankingList, read_qrels, read_run
+from fastrank.data.ranking_list import list_keys
 
 DEFAULT_MEASURES = ("nDCG@10",)
 
@@ -79,6 +80,23 @@ def evaluate(
     }
 
 
+def evaluate_data(
+    data: LoadedData, scores: Sequence[Sequence[float]], measures: Iterable[str] = DEFAULT_MEASURES
+) -> dict[str, float]:
+    """Measure scores of loaded data, as a trainer does between steps: {measure: mean over the queries}.
+
+    data: what load_data gave; its lists are those of `data.draw_all()`.
+    scores: per list, one score per document. Lists that came with judgments are measured against all of them, found or
+    not, so the values equal those of `evaluate` on the same run; other lists against their own labels.
+    Raises ValueError as evaluate, run_from_scores and qrels_from_labels do.
+    """
+    lists = data.draw_all()
+    run = run_from_scores(lists, scores, data.keys)
+    labelled = [i for i, key in enumerate(data.keys) if key not in data.qrels]
+    own = qrels_from_labels([lists[i] for i in labelled], [data.keys[i] for i in labelled])
+    return evaluate(run, {**data.qrels, **own}, measures)
+
+
 def run_from_scores(
     lists: Sequence[RankingList], scores: Sequence[Sequence[float]], keys: Sequence[str] | None = None
 ) -> dict[str, dict[str, float]]:
@@ -122,17 +140,6 @@ def qrels_from_labels(lists: Sequence[RankingList], keys: Sequence[str] | None =
     return qrels
 
 
-def list_keys(lists: Sequence[RankingList]) -> list[str]:
-    """One name per list, all different: its query id, with its place added where that is missing or taken."""
-    keys: dict[str, None] = {}
-    for place, ranking in enumerate(lists):
-        key = str(place) if ranking.query_id is None else ranking.query_id
-        while key in keys:
-            key = f"{key}#{place}"
-        keys[key] = None
-    return list(keys)
-
-
 def evaluate_command(argv: Sequence[str]) -> int:
     """`fastrank evaluate`: print measures of a run file, return the exit status (2 with one sentence for bad input)."""
     parser = _OneSentenceParser(
@@ -150,7 +157,7 @@ def evaluate_command(argv: Sequence[str]) -> int:
     except SystemExit as exit_request:
         return int(exit_request.code or 0)
     try:
-        names = [name for text in options.measures for name in text.split()]
+        names = options.measures
         run, qrels = read_run(options.run), read_qrels(options.qrels)
         means = evaluate(run, qrels, names)
         queries = evaluate(run, qrels, names, per_query=True) if options.per_query else None
@@ -196,7 +203,8 @@ def _parse_measure(name: str) -> Any:
     except AssertionError as error:
         if "=<object" in str(error):
             lacking = str(error).removeprefix("invalid param ").split("=")[0]
-            raise ValueError(f"the measure {name!r} lacks its {lacking}, as in {bare}({lacking}=10)") from None
+            example = f"{bare}@10" if lacking == "cutoff" else f"{bare}({lacking}=1)"
+            raise ValueError(f"the measure {name!r} lacks its {lacking}, as in {example}") from None
         raise ValueError(f"the measure {name!r} does not fit: {error}") from None
     cutoff = measure.params.get("cutoff", 1)
     # trec_eval ends the whole process on a cutoff of 0 and reads others as 32 bits.

@@ -12,11 +12,18 @@ from fastrank.data.formats import (
     write_qrels,
     write_run,
 )
+from fastrank.data.loading import LoadedData, LoadReport, load_data, load_lists
 from fastrank.data.ranking_list import RankingList
+from fastrank.data.sources import DataSource
 
 __all__ = [
     "DataError",
+    "DataSource",
+    "LoadReport",
+    "LoadedData",
     "RankingList",
+    "load_data",
+    "load_lists",
     "read_documents",
     "read_lists",
     "read_qrels",

@@ -7,7 +7,7 @@ trainer and the evaluation begin with it. Lists are ragged: any number of docume
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 
@@ -94,3 +94,18 @@ def _number(value: object, position: int) -> float:
     if math.isnan(number):
         raise ValueError(f"label {position} is NaN: leave the label out or give a number")
     return number
+
+
+def list_keys(lists: Sequence[RankingList]) -> list[str]:
+    """One name per list, all different: its query id, or its place where it has none; #2, #3 ... where that is taken."""
+    taken: set[str] = set()
+    times: dict[str, int] = {}
+    keys: list[str] = []
+    for place, ranking in enumerate(lists):
+        name = key = str(place) if ranking.query_id is None else ranking.query_id
+        while key in taken:
+            times[name] = times.get(name, 1) + 1
+            key = f"{name}#{times[name]}"
+        taken.add(key)
+        keys.append(key)
+    return keys
