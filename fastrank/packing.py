@@ -1,0 +1,170 @@
+"""Token ids of pairs in, PackedBatch out: no padding, no mask; and the order of pairs under a token budget.
+
+The one idea: tokens of all pairs lie in one flat array cut by `pair_offsets`, pairs of all lists are cut by
+`list_offsets`. Pairs that are scored are sorted by length into batches of at most so many tokens, and the caller's
+order is restored here; lists that are trained on keep their order and stay whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Pair = tuple[np.ndarray, np.ndarray]  # token ids and token types, as PairTokenizer.pair returns them
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Pairs of (query, document) without padding.
+
+    Arguments:
+        token_ids, token_types: int64 (tokens,), pair after pair.
+        positions: int64 (tokens,): 0, 1, 2, ... restarting in every pair.
+        pair_offsets: int32 (pairs + 1,): pair i is tokens [pair_offsets[i], pair_offsets[i + 1]).
+        list_offsets: int32 (lists + 1,): list j is pairs [list_offsets[j], list_offsets[j + 1]).
+        max_pair_tokens: tokens of the longest pair, 0 for no pairs; found from pair_offsets where not given (which
+            waits for a GPU).
+    """
+
+    token_ids: Tensor
+    token_types: Tensor
+    positions: Tensor
+    pair_offsets: Tensor
+    list_offsets: Tensor
+    max_pair_tokens: int = -1
+
+    def __post_init__(self):
+        if self.max_pair_tokens < 0:
+            lengths = self.pair_offsets.diff()
+            object.__setattr__(self, "max_pair_tokens", int(lengths.max()) if len(lengths) else 0)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_pairs(self) -> int:
+        return len(self.pair_offsets) - 1
+
+    @property
+    def num_lists(self) -> int:
+        return len(self.list_offsets) - 1
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The same batch on a device; from pinned or pageable memory, without waiting for a GPU."""
+        tensors = (
+            self.token_ids,
+            self.token_types,
+            self.positions,
+            self.pair_offsets,
+            self.list_offsets,
+        )
+        return PackedBatch(
+            *(tensor.to(device, non_blocking=True) for tensor in tensors),
+            max_pair_tokens=self.max_pair_tokens,
+        )
+
+
+def pack_pairs(pairs: Sequence[Pair]) -> PackedBatch:
+    """Packs pairs, in order, as one list.
+
+    Arguments:
+        pairs: (ids, types) each, int (tokens of the pair,). No pairs give one empty list.
+    """
+    return _pack(pairs, [len(pairs)])
+
+
+def pack_lists(lists: Sequence[Sequence[Pair]]) -> PackedBatch:
+    """Packs ranking lists, whole and in order.
+
+    Arguments:
+        lists: the pairs of each list; a list may be empty.
+    """
+    return _pack([pair for pairs in lists for pair in pairs], [len(pairs) for pairs in lists])
+
+
+def plan_batches(lengths: Sequence[int] | np.ndarray, max_batch_tokens: int) -> list[np.ndarray]:
+    """Sorts pairs into batches of at most `max_batch_tokens` tokens, the longest pairs first.
+
+    Arguments:
+        lengths: tokens of each pair, (pairs,).
+        max_batch_tokens: a pair that is longer gets a batch of its own.
+
+    Returns int64 indices into `lengths` per batch; every pair is in exactly one. Equal lengths keep their order.
+    """
+    lengths = np.asarray(lengths, dtype=np.int64)
+    order = np.argsort(-lengths, kind="stable")
+    return [order[start:stop] for start, stop in _cut_by_budget(lengths[order], max_batch_tokens)]
+
+
+def restore_order(plan: Sequence[np.ndarray], values: Sequence[np.ndarray]) -> np.ndarray:
+    """Puts the values of planned batches back into the caller's order.
+
+    Arguments:
+        plan: what `plan_batches` returned.
+        values: float32 (pairs of the batch,) for each batch.
+
+    Returns float32 (pairs,).
+    """
+    restored = np.empty(sum(len(indices) for indices in plan), dtype=np.float32)
+    for indices, part in zip(plan, values, strict=True):
+        restored[indices] = part
+    return restored
+
+
+def plan_chunks(list_tokens: Sequence[int] | np.ndarray, max_batch_tokens: int) -> list[range]:
+    """Cuts the lists of a training step into chunks of at most `max_batch_tokens` tokens, whole and in order.
+
+    Arguments:
+        list_tokens: tokens of each list, (lists,).
+        max_batch_tokens: a list that is longer stands alone.
+
+    Returns consecutive ranges of list indices that cover all lists.
+    """
+    return [range(start, stop) for start, stop in _cut_by_budget(list_tokens, max_batch_tokens)]
+
+
+def _cut_by_budget(sizes: Sequence[int] | np.ndarray, budget: int) -> list[tuple[int, int]]:
+    if budget < 1:
+        raise ValueError(f"max_batch_tokens is {budget}; it must be at least 1.")
+    ends = np.cumsum(np.asarray(sizes, dtype=np.int64))
+    cuts = []
+    start, used = 0, 0
+    while start < len(ends):
+        stop = max(start + 1, int(np.searchsorted(ends, used + budget, side="right")))
+        cuts.append((start, stop))
+        start, used = stop, int(ends[stop - 1])
+    return cuts
+
+
+def _offsets(sizes: Sequence[int] | np.ndarray) -> np.ndarray:
+    offsets = np.zeros(len(sizes) + 1, dtype=np.int64)
+    np.cumsum(sizes, out=offsets[1:])
+    if offsets[-1] > np.iinfo(np.int32).max:
+        raise ValueError(
+            f"A batch of {offsets[-1]} tokens is past what 32-bit offsets can say; lower max_batch_tokens."
+        )
+    return offsets
+
+
+def _pack(pairs: Sequence[Pair], list_sizes: Sequence[int]) -> PackedBatch:
+    lengths = np.fromiter((len(ids) for ids, _ in pairs), dtype=np.int64, count=len(pairs))
+    offsets = _offsets(lengths)
+    total = int(offsets[-1])
+    ids, types = np.empty(total, dtype=np.int64), np.empty(total, dtype=np.int64)
+    if pairs:
+        np.concatenate([ids for ids, _ in pairs], out=ids)
+        np.concatenate([types for _, types in pairs], out=types)
+    positions = np.arange(total) - np.repeat(offsets[:-1], lengths)
+    return PackedBatch(
+        torch.from_numpy(ids),
+        torch.from_numpy(types),
+        torch.from_numpy(positions),
+        torch.from_numpy(offsets.astype(np.int32)),
+        torch.from_numpy(_offsets(list_sizes).astype(np.int32)),
+        max_pair_tokens=int(lengths.max()) if pairs else 0,
+    )

@@ -1,0 +1,313 @@
+"""Texts in, token ids out: every text is tokenized once, then queries and documents are joined into pairs.
+
+The one idea: what a tokenizer puts around a pair (BERT `[CLS] q [SEP] d [SEP]` with types 0 and 1, RoBERTa
+`<s> q </s></s> d </s>` without) is read off one probe pair, so that joining is plain array work and every family
+works. Ids, types and truncation equal `tokenizer(query, document, truncation="longest_first")` of transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+SURROGATES = re.compile("[\ud800-\udfff]")
+# Between two ASCII letters or digits a single space ends a word for every pre-tokenizer named below.
+WORD_BREAK = re.compile("(?<=[0-9A-Za-z]) (?=[0-9A-Za-z])")
+SPLITTING_PRE_TOKENIZERS = {"BertPreTokenizer", "ByteLevel", "Metaspace", "Whitespace", "WhitespaceSplit"}
+LOCAL_NORMALIZERS = {"BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Precompiled", "StripAccents"}
+CHARACTERS_PER_TOKEN = 8  # how much text is tried first for one wanted token; English takes about 4.5
+
+
+class PairTokenizer:
+    """Tokenizes queries and documents and joins them into pairs.
+
+    Arguments:
+        tokenizer: a fast Hugging Face tokenizer; its truncation and padding settings are cleared.
+        max_length: tokens a pair may have, special tokens included; default: the tokenizer's `model_max_length`.
+        max_query_tokens, max_document_tokens: cut each side to so many tokens before pairs are truncated.
+
+    Raises ValueError for a tokenizer that is not fast, and for limits that leave no room.
+    It may be used from several threads at once.
+    """
+
+    def __init__(
+        self,
+        tokenizer,
+        *,
+        max_length: int | None = None,
+        max_query_tokens: int | None = None,
+        max_document_tokens: int | None = None,
+    ):
+        if not getattr(tokenizer, "is_fast", False):
+            raise ValueError(
+                f"{type(tokenizer).__name__} is not a fast tokenizer; the folder needs a "
+                "tokenizer.json (load it once in transformers and save it with save_pretrained)."
+            )
+        self._tokenizer = tokenizer
+        # Calls from several threads are safe because nothing here changes the Rust tokenizer after these two lines.
+        self._backend = tokenizer.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._probe()
+        num_special = len(self._prefix) + len(self._middle) + len(self._suffix)
+        self.max_length = int(tokenizer.model_max_length if max_length is None else max_length)
+        self.max_query_tokens = max_query_tokens
+        self.max_document_tokens = max_document_tokens
+        for name in ("max_query_tokens", "max_document_tokens"):
+            limit = getattr(self, name)
+            if limit is not None and limit < 1:
+                raise ValueError(f"{name} is {limit}; it must be at least 1.")
+        if self.max_length <= num_special:
+            raise ValueError(
+                f"max_length is {self.max_length}, but the special tokens of a pair alone take "
+                f"{num_special}; give at least {num_special + 1}."
+            )
+        self._budget = self.max_length - num_special
+        self._keep_end = tokenizer.truncation_side == "left"
+        self._can_cut_text = not self._keep_end and self._words_are_independent()
+        self._lock = threading.Lock()
+        self._num_truncated = 0
+
+    @classmethod
+    def load(
+        cls,
+        name_or_path: str | Path,
+        *,
+        max_length: int | None = None,
+        max_query_tokens: int | None = None,
+        max_document_tokens: int | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+    ) -> PairTokenizer:
+        """Loads the tokenizer of a checkpoint.
+
+        Arguments:
+            name_or_path: a local folder or a name on the Hugging Face hub.
+            max_length: default: the smaller of the tokenizer's `model_max_length` and the model's positions.
+            revision, token, local_files_only: as in transformers.
+
+        Raises OSError where nothing loads, ValueError where `max_length` passes the model's positions.
+        """
+        from transformers import AutoTokenizer
+
+        hub = {"revision": revision, "token": token, "local_files_only": local_files_only}
+        name = str(name_or_path)
+        looks_local = name.count("/") > 1 or name.startswith((".", "/", "~"))
+        if not Path(name).is_dir() and (looks_local or Path(name).exists()):
+            raise OSError(f"{name} is not a folder; give the folder of a checkpoint or a name on the Hugging Face hub.")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, **hub)
+        except (OSError, ValueError) as error:
+            advice = (
+                "the folder needs a tokenizer.json"
+                if Path(name).is_dir()
+                else "where there is no network, download it elsewhere and give the path of its folder"
+            )
+            first_line = str(error).strip().split("\n")[0]
+            raise OSError(f"No tokenizer could be loaded from {name}: {advice} ({first_line})") from error
+        positions = _model_positions(name, hub)
+        if max_length is None:
+            max_length = int(min(tokenizer.model_max_length, positions))
+        elif max_length > positions:
+            raise ValueError(
+                f"max_length is {max_length}, but {name} has only {positions} positions; give at most that."
+            )
+        return cls(
+            tokenizer,
+            max_length=max_length,
+            max_query_tokens=max_query_tokens,
+            max_document_tokens=max_document_tokens,
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids, added tokens included."""
+        return len(self._tokenizer)
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """The padding token's id; None where the tokenizer has none."""
+        return self._tokenizer.pad_token_id
+
+    @property
+    def num_truncated(self) -> int:
+        """Pairs joined so far in which a query or a document lost tokens."""
+        return self._num_truncated
+
+    @property
+    def num_special_tokens(self) -> int:
+        """Special tokens around and between the two texts of a pair."""
+        return self.max_length - self._budget
+
+    def encode(self, texts: Sequence[str], *, enough: int | None = None) -> list[np.ndarray]:
+        """Tokenizes texts, each once and without special tokens.
+
+        Arguments:
+            texts: str; lone surrogates become U+FFFD, everything else is the tokenizer's own business.
+            enough: where given, ids past this many may be left out. Only very long texts make use of it: reading a
+                megabyte for the 512 tokens that a pair holds is slow.
+
+        Returns one int32 array (tokens,) per text. Raises TypeError naming the position of what is not a str.
+        """
+        texts = list(texts)
+        if not texts:
+            return []
+        cut: dict[int, str] = {}
+        if enough is not None and self._can_cut_text:
+            cut = {i: text for i, text in enumerate(texts) if isinstance(text, str) and len(text) > 16 * enough}
+        if not cut:
+            return self._encode_whole(texts)
+        for i, text in cut.items():
+            texts[i] = ""
+            cut[i] = text
+        ids = self._encode_whole(texts)
+        for i, text in cut.items():
+            ids[i] = self._encode_start(text, enough)
+        return ids
+
+    def pair(self, query_ids: np.ndarray, document_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Joins one query and one document, truncated `longest_first` to `max_length`.
+
+        Arguments:
+            query_ids, document_ids: int32 (tokens,) from `encode`.
+
+        Returns ids and token types, both int32 (tokens of the pair,); the caller must not write into the types.
+        """
+        num_query, num_document = self.kept_tokens(len(query_ids), len(document_ids))
+        if num_query < len(query_ids) or num_document < len(document_ids):
+            with self._lock:
+                self._num_truncated += 1
+            query_ids = self._cut(query_ids, num_query)
+            document_ids = self._cut(document_ids, num_document)
+        ids = np.concatenate((self._prefix, query_ids, self._middle, document_ids, self._suffix))
+        return ids, self._types(num_query, len(ids))
+
+    def kept_tokens(self, num_query: int, num_document: int) -> tuple[int, int]:
+        """How many tokens of a query and of a document stay in their pair.
+
+        Each side's own limit comes first. What is then too long together loses tokens of the longer text until both
+        are equally long, then of both by turns; the odd token stays with the longer text, with the document on a tie.
+        """
+        if self.max_query_tokens is not None:
+            num_query = min(num_query, self.max_query_tokens)
+        if self.max_document_tokens is not None:
+            num_document = min(num_document, self.max_document_tokens)
+        budget = self._budget
+        if num_query + num_document <= budget:
+            return num_query, num_document
+        shorter = min(num_query, num_document, budget // 2)
+        return (budget - shorter, shorter) if num_query > num_document else (shorter, budget - shorter)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the tokenizer's files to a folder; `max_length` becomes its `model_max_length`."""
+        stored = self._tokenizer.model_max_length
+        self._tokenizer.model_max_length = self.max_length
+        try:
+            self._tokenizer.save_pretrained(str(folder))
+        finally:
+            self._tokenizer.model_max_length = stored
+
+    def _cut(self, ids: np.ndarray, count: int) -> np.ndarray:
+        return ids[len(ids) - count :] if self._keep_end else ids[:count]
+
+    def _types(self, num_query: int, total: int) -> np.ndarray:
+        types = np.empty(total, dtype=np.int32)
+        middle = len(self._prefix) + num_query
+        document = middle + len(self._middle)
+        end = total - len(self._suffix)
+        types[: len(self._prefix)] = self._prefix_types
+        types[len(self._prefix) : middle] = self._query_type
+        types[middle:document] = self._middle_types
+        types[document:end] = self._document_type
+        types[end:] = self._suffix_types
+        return types
+
+    def _encode_whole(self, texts: list[str]) -> list[np.ndarray]:
+        try:
+            encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        except TypeError:  # how the Rust side answers both a lone surrogate and a text that is no str
+            texts = [_without_surrogates(text, i) for i, text in enumerate(texts)]
+            encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+    def _encode_start(self, text: str, enough: int) -> np.ndarray:
+        size = CHARACTERS_PER_TOKEN * enough
+        while (found := WORD_BREAK.search(text, size)) and found.start() < len(text) // 2:
+            (ids,) = self._encode_whole([text[: found.start()]])
+            if len(ids) >= enough:
+                return ids
+            size = 4 * found.start()
+        return self._encode_whole([text])[0]
+
+    def _words_are_independent(self) -> bool:
+        """Whether cutting a text at WORD_BREAK leaves the ids before the cut as they were."""
+        if any(" " in str(added) for added in self._backend.get_added_tokens_decoder().values()):
+            return False
+        splitters = _flatten(self._backend.pre_tokenizer)
+        normalizers = _flatten(self._backend.normalizer)
+        return (
+            any(part["type"] in SPLITTING_PRE_TOKENIZERS for part in splitters)
+            and all(part["type"] in SPLITTING_PRE_TOKENIZERS | {"Punctuation", "Digits"} for part in splitters)
+            and all(part.get("use_regex", True) and part.get("split", True) for part in splitters)
+            and all(part["type"] in LOCAL_NORMALIZERS for part in normalizers)
+        )
+
+    def _probe(self) -> None:
+        """Reads special tokens and token types off one pair."""
+        encoding = self._backend.encode("a", "a")
+        sides = np.array([-1 if side is None else side for side in encoding.sequence_ids])
+        ids = np.array(encoding.ids, dtype=np.int32)
+        types = np.array(encoding.type_ids, dtype=np.int32)
+        if "token_type_ids" not in self._tokenizer.model_input_names:
+            types = np.zeros_like(types)
+        query, document = np.flatnonzero(sides == 0), np.flatnonzero(sides == 1)
+        if len(query) == 0 or len(document) == 0 or query[-1] > document[0]:
+            raise ValueError(
+                f"{type(self._tokenizer).__name__} does not encode a pair as its query followed by "
+                "its document, so pairs cannot be built with it."
+            )
+        self._prefix, self._prefix_types = ids[: query[0]], types[: query[0]]
+        between = slice(query[-1] + 1, document[0])
+        self._middle, self._middle_types = ids[between], types[between]
+        self._suffix, self._suffix_types = ids[document[-1] + 1 :], types[document[-1] + 1 :]
+        self._query_type, self._document_type = types[query[0]], types[document[0]]
+
+
+def _without_surrogates(text: str, position: int) -> str:
+    if not isinstance(text, str):
+        raise TypeError(f"Text {position} is {type(text).__name__}, not str.")
+    if not SURROGATES.search(text):
+        return text
+    # UTF-16 joins a high and a low surrogate that stand together into their character; the lone ones are replaced.
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def _flatten(component) -> list[dict]:
+    """The parts of a normalizer or pre-tokenizer, as the dictionaries of tokenizer.json."""
+    if component is None:
+        return []
+    state = json.loads(component.__getstate__())
+    parts = state.get("pretokenizers") or state.get("normalizers")
+    return [state] if parts is None else parts
+
+
+def _model_positions(name: str, hub: dict) -> float:
+    """Tokens that the model's position table holds, or infinity where no config.json says."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(name, **hub)
+    except (OSError, ValueError):
+        return float("inf")
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None or positions < 1:
+        return float("inf")
+    # RoBERTa and its kin count positions from padding_idx + 1.
+    offset = config.pad_token_id + 1 if "roberta" in config.model_type or config.model_type == "camembert" else 0
+    return positions - offset

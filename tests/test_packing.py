@@ -1,0 +1,92 @@
+"""Packing against the definition written as loops; plans against their promises."""
+
+import numpy as np
+import pytest
+import torch
+
+from fastrank.packing import PackedBatch, pack_lists, pack_pairs, plan_batches, plan_chunks, restore_order
+
+
+def _random_pairs(rng, count, longest=40):
+    lengths = rng.integers(1, longest, size=count)
+    return [
+        (rng.integers(0, 30_000, size=n).astype(np.int32), rng.integers(0, 2, size=n).astype(np.int32)) for n in lengths
+    ]
+
+
+def test_lists_are_packed_in_order():
+    rng = np.random.default_rng(0)
+    lists = [_random_pairs(rng, count) for count in (3, 0, 1, 8, 0)]
+    lists.append([lists[0][0], lists[0][0]])  # the same pair twice
+    batch = pack_lists(lists)
+    pairs = [pair for pairs in lists for pair in pairs]
+    assert (batch.num_pairs, batch.num_lists, batch.num_tokens) == (14, 6, sum(len(ids) for ids, _ in pairs))
+    assert batch.max_pair_tokens == max(len(ids) for ids, _ in pairs)
+    assert batch.list_offsets.tolist() == [0, 3, 3, 4, 12, 12, 14]
+    assert batch.pair_offsets.dtype == batch.list_offsets.dtype == torch.int32
+    assert batch.token_ids.dtype == batch.token_types.dtype == batch.positions.dtype == torch.int64
+    assert batch.pair_offsets[0] == 0 and batch.pair_offsets[-1] == batch.num_tokens
+    for i, (ids, types) in enumerate(pairs):
+        part = slice(int(batch.pair_offsets[i]), int(batch.pair_offsets[i + 1]))
+        assert batch.token_ids[part].tolist() == ids.tolist()
+        assert batch.token_types[part].tolist() == types.tolist()
+        assert batch.positions[part].tolist() == list(range(len(ids)))
+
+
+def test_pairs_are_one_list_and_no_pairs_are_an_empty_one():
+    pairs = _random_pairs(np.random.default_rng(1), 5)
+    assert pack_pairs(pairs).list_offsets.tolist() == [0, 5]
+    for empty in (pack_pairs([]), pack_lists([[]])):
+        assert (empty.num_tokens, empty.num_pairs, empty.num_lists, empty.max_pair_tokens) == (0, 0, 1, 0)
+        assert empty.pair_offsets.tolist() == [0]
+    assert pack_lists([]).list_offsets.tolist() == [0]
+
+
+def test_a_batch_made_by_hand_finds_its_longest_pair_and_moves():
+    tokens = torch.arange(7)
+    batch = PackedBatch(tokens, tokens, tokens, torch.tensor([0, 2, 7], dtype=torch.int32), torch.tensor([0, 2]))
+    assert batch.max_pair_tokens == 5
+    moved = batch.to("meta")
+    assert moved.token_ids.is_meta and moved.list_offsets.is_meta and moved.max_pair_tokens == 5
+
+
+def test_offsets_past_32_bits_are_refused():
+    ids = np.broadcast_to(np.int32(0), (2**30,))  # takes no memory
+    with pytest.raises(ValueError, match="lower max_batch_tokens"):
+        pack_pairs([(ids, ids)] * 2)
+
+
+@pytest.mark.parametrize("budget", [1, 7, 64, 200, 10**9])
+def test_plans_hold_every_pair_once_within_the_budget(budget):
+    rng = np.random.default_rng(2)
+    lengths = rng.integers(1, 65, size=1000)
+    plan = plan_batches(lengths, budget)
+    order = np.concatenate(plan)
+    assert sorted(order.tolist()) == list(range(1000))
+    # Longest first; equal lengths in the caller's order.
+    assert order.tolist() == sorted(range(1000), key=lambda i: (-lengths[i], i))
+    sizes = [int(lengths[indices].sum()) for indices in plan]
+    for i, (indices, size) in enumerate(zip(plan, sizes, strict=True)):
+        assert size <= budget or len(indices) == 1
+        if i + 1 < len(plan):
+            assert size + lengths[plan[i + 1][0]] > budget, "the next pair would have fitted"
+    values = rng.standard_normal(1000).astype(np.float32)
+    restored = restore_order(plan, [values[indices] for indices in plan])
+    assert restored.dtype == np.float32 and restored.tolist() == values.tolist()
+
+
+def test_nothing_to_plan():
+    assert plan_batches([], 10) == [] and plan_chunks([], 10) == []
+    restored = restore_order([], [])
+    assert restored.shape == (0,) and restored.dtype == np.float32
+    with pytest.raises(ValueError, match="max_batch_tokens is 0"):
+        plan_batches([3], 0)
+
+
+def test_chunks_are_whole_lists_in_order():
+    assert plan_chunks([5, 5, 20, 1, 9, 1, 0], 10) == [range(0, 2), range(2, 3), range(3, 5), range(5, 7)]
+    rng = np.random.default_rng(3)
+    sizes = rng.integers(0, 50, size=300)
+    chunks = plan_chunks(sizes, 100)
+    assert [i for chunk in chunks for i in chunk] == list(range(300))
+    assert all(sizes[list(chunk)].sum() <= 100 for chunk in chunks)
