@@ -1,0 +1,49 @@
+"""pytest --benchmark runs the bench_*.py files; a plain pytest does not even import them. The report comes last."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("fastrank")
+    group.addoption("--benchmark", action="store_true", help="measure speed instead of testing")
+    group.addoption("--benchmark-full", action="store_true", help="measure the long sweeps as well")
+
+
+def pytest_configure(config):
+    if config.getoption("--benchmark-full"):
+        config.option.benchmark = True
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_ignore_collect(collection_path, config):
+    if collection_path.name.startswith("bench_") and not config.getoption("--benchmark"):
+        return True
+    if collection_path.name.startswith("test_") and config.getoption("--benchmark"):
+        return True
+    return None
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if not config.getoption("--benchmark"):
+        return
+    from report import markdown, record
+    from timing import COMPARISONS
+
+    if COMPARISONS:
+        terminalreporter.section("fastrank")
+        terminalreporter.write_line(markdown(COMPARISONS))
+        terminalreporter.write_line(json.dumps(record(COMPARISONS)))
+
+
+@pytest.fixture(scope="session")
+def full(request) -> bool:
+    return request.config.getoption("--benchmark-full")

@@ -1,0 +1,74 @@
+"""Comparisons in, the table for people and the record for machines out; both begin with the machine."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+from timing import Comparison
+
+import fastrank
+
+
+def machine() -> dict:
+    from fastrank import _cpu
+
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+    )
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "isa": _cpu.isa(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "fastrank": fastrank.__version__,
+        "commit": commit.stdout.strip() or None,
+    }
+
+
+def markdown(comparisons: list[Comparison]) -> str:
+    lines = ["machine: " + ", ".join(f"{key} {value}" for key, value in machine().items() if value is not None), ""]
+    for comparison in comparisons:
+        strongest = comparison.strongest_baseline
+        lines += [f"### {comparison.title}", "", *(f"{note}" for note in comparison.notes), ""]
+        lines += [f"| contender | {comparison.unit}/s | spread | times the strongest baseline |", "|---|---:|---:|---:|"]
+        for one in comparison.contenders:
+            name = f"**{one.name}**" if one.ours else one.name
+            if one.failure:
+                lines.append(f"| {name} | {one.failure} | | |")
+                continue
+            factor = f"{one.rate / strongest.rate:.2f}" if strongest else ""
+            lines.append(f"| {name} | {one.rate:,.1f} | {one.spread:.0%} | {factor} |")
+        if comparison.ceiling:
+            name, rate = comparison.ceiling
+            best = max((one for one in comparison.contenders if one.ours and one.durations), key=lambda one: one.rate, default=None)
+            if best:
+                lines.append(f"\n{best.name} reaches {best.rate / rate:.0%} of {name} ({rate:,.0f} {comparison.unit}/s).")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def record(comparisons: list[Comparison]) -> dict:
+    return {
+        "machine": machine(),
+        "comparisons": [
+            {
+                "title": comparison.title,
+                "unit": comparison.unit,
+                "notes": comparison.notes,
+                "contenders": {
+                    one.name: {"failure": one.failure}
+                    if one.failure
+                    else {"rate": one.rate, "seconds": one.durations, "times_strongest": one.rate / comparison.strongest_baseline.rate if comparison.strongest_baseline else None}
+                    for one in comparison.contenders
+                },
+            }
+            for comparison in comparisons
+        ],
+    }

@@ -1,0 +1,96 @@
+"""python -m fastrank.train [RECIPE_OR_YAML] [--key value ...]: flags win over the file."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import yaml
+
+from .config import TrainConfig, as_flags, check_keys, read_yaml, recipe_names, resolve_recipe
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns 0, or 2 after one sentence on stderr."""
+    argv = as_flags(sys.argv[1:] if argv is None else argv)
+    try:
+        if "--demo" in argv:
+            from fastrank.demo import demo_command
+
+            return demo_command([word for word in argv if word != "--demo"])
+        config = _parse(argv)
+        if config is None:
+            return 0
+        from .loop import train
+
+        train(config)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"fastrank.train: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fastrank.train: stopped; the same command with --resume goes on from the last state.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parse(argv: list[str]) -> TrainConfig | None:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(
+        prog="python -m fastrank.train",
+        description="Trains a cross-encoder on ranking lists. The first argument may be a YAML file or a recipe: "
+        f"{', '.join(recipe_names())}; --demo trains on documentation strings.",
+        exit_on_error=False,
+    )
+    parser.add_class_arguments(TrainConfig, fail_untyped=False)
+    parser.add_argument("--print_config", action="store_true", help="Print the whole configuration as YAML and stop.")
+    if {"-h", "--help"} & set(argv):
+        parser.print_help()
+        return None
+    mapping: dict = {}
+    if argv and not argv[0].startswith("-"):
+        path = resolve_recipe(argv.pop(0))
+        mapping = read_yaml(Path(path))
+    print_config = "--print_config" in argv
+    mapping |= _flags(parser, [word for word in argv if word != "--print_config"])
+    config = TrainConfig.from_mapping(mapping, "the command line")
+    if print_config:
+        from .config import to_yaml
+
+        print(to_yaml(config), end="")
+        return None
+    return config
+
+
+def _flags(parser, argv: list[str]) -> dict:
+    """The flags given, and no defaults: typed and checked by jsonargparse."""
+    from jsonargparse import ArgumentError
+
+    names = []
+    for position, word in enumerate(argv):
+        if word.startswith("--"):
+            name = word[2:].split("=")[0].split(".")[0]
+            check_keys({name: None}, f"flag --{name}")
+            names.append("warmup_steps" if name == "warmup_ratio" else name)
+        elif position == 0 or not argv[position - 1].startswith("--") or "=" in argv[position - 1]:
+            raise ValueError(f"{word!r} follows no --key; flags are written --key value.")
+    words = [word.replace("--warmup_ratio", "--warmup_steps") if word.startswith("--") else word for word in argv]
+    words = _bare_flags_mean_true(words)
+    try:
+        parsed = parser.parse_args(words, defaults=True)
+    except ArgumentError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    plain = yaml.safe_load(parser.dump(parsed, skip_validation=True))
+    return {name: plain[name] for name in names}
+
+
+def _bare_flags_mean_true(words: list[str]) -> list[str]:
+    out = []
+    for position, word in enumerate(words):
+        ends = position + 1 == len(words) or words[position + 1].startswith("--")
+        out.append(f"{word}=true" if word in ("--resume", "--overwrite", "--dry_run") and ends else word)
+    return out
+
+
+if __name__ == "__main__":
+    sys.exit(main())

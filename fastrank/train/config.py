@@ -1,0 +1,218 @@
+"""The keys of a training run, from YAML, flags or Python. Names are Hugging Face's where they exist.
+
+A run is this dataclass and nothing else; it is written beside the checkpoint, and --resume refuses one that differs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.resources
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+__all__ = ["TrainConfig", "as_flags", "read_yaml", "recipe_names", "resolve_recipe"]
+
+SCHEDULES = ("linear", "constant", "cosine")
+PRECISIONS = {"float32": "float32", "fp32": "float32", "bf16": "bf16", "bfloat16": "bf16"}
+# Keys that may change between a run and its resumption: none of them changes a weight.
+RESUMABLE = ("resume", "overwrite", "dry_run", "save_steps", "logging_steps", "num_threads", "output_dir")
+
+
+@dataclass
+class TrainConfig:
+    """Everything that decides a training run.
+
+    Args:
+        model: Checkpoint folder or hub name of the encoder; a missing classification head is drawn from the seed.
+        train_data: What to train on: a lists .jsonl, a mapping of fastrank.data.DataSource's fields, a list of those, or rows
+            {query, documents, labels}.
+        output_dir: Folder that receives the best checkpoint, log.jsonl and the state to resume from.
+        eval_data: What to measure nDCG@10 on every eval_steps steps, in the same forms; none: the last weights are kept.
+        loss: Name in fastrank.losses.LOSSES, or the dotted path of a function with the same signature.
+        loss_options: Keyword arguments of the loss, such as {temperature: 2}.
+        learning_rate: Peak rate of AdamW.
+        head_learning_rate: Peak rate of the classification head (pooler included); default: learning_rate.
+        lr_scheduler_type: linear, constant or cosine, each after the warm-up.
+        warmup_steps: Steps of linear warm-up; below 1 it is a share of all steps.
+        weight_decay: AdamW's decay, not applied to biases and LayerNorm.
+        adam_beta1: AdamW's first beta.
+        adam_beta2: AdamW's second beta.
+        adam_epsilon: AdamW's epsilon.
+        max_grad_norm: Gradients are scaled down to this norm; 0 leaves them.
+        num_train_epochs: Passes over the queries, unless max_steps is set.
+        max_steps: Optimizer steps; 0: num_train_epochs decides.
+        per_device_train_batch_size: Lists (queries) a step.
+        gradient_accumulation_steps: Multiplies the lists of a step; the loss is normalised over all of them at once.
+        max_batch_tokens: Tokens of one forward and backward pass. Cuts a step for memory and never changes its gradient
+            (dropout's masks apart).
+        max_length: Tokens of a pair, special tokens included; default: what model and tokenizer allow.
+        max_query_tokens: Query tokens kept, before the pair is truncated.
+        max_document_tokens: Document tokens kept, before the pair is truncated.
+        dropout: Overrides the model's hidden dropout.
+        freeze_layers: Embeddings and the first N layers keep their weights; -1 freezes nothing, 0 the embeddings alone.
+        precision: float32, or bf16 for bf16 matrix products around float32 kernels and weights.
+        device: cpu, cuda, or auto.
+        num_threads: CPU threads; default: torch's.
+        seed: Decides head, order, sampling and dropout.
+        eval_steps: Steps between evaluations; below 1 a share of all steps; 0: at the end only.
+        save_steps: Steps between resumable states; below 1 a share of all steps; 0: at the end only.
+        logging_steps: Steps between log lines.
+        resume: Go on from the last state in output_dir, if there is one.
+        overwrite: Delete what an earlier run left in output_dir.
+        dry_run: Print the plan (lists, pairs, tokens, steps) and stop.
+    """
+
+    model: str
+    train_data: Any
+    output_dir: str
+    eval_data: Any = None
+    loss: str = "ranknet"
+    loss_options: dict[str, Any] = field(default_factory=dict)
+    learning_rate: float = 1e-5
+    head_learning_rate: float | None = None
+    lr_scheduler_type: str = "linear"
+    warmup_steps: float = 0
+    weight_decay: float = 0.01
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    num_train_epochs: float = 1
+    max_steps: int = 0
+    per_device_train_batch_size: int = 32
+    gradient_accumulation_steps: int = 1
+    max_batch_tokens: int = 8192
+    max_length: int | None = None
+    max_query_tokens: int | None = None
+    max_document_tokens: int | None = None
+    dropout: float | None = None
+    freeze_layers: int = -1
+    precision: str = "float32"
+    device: str = "auto"
+    num_threads: int | None = None
+    seed: int = 42
+    eval_steps: float = 0
+    save_steps: float = 0
+    logging_steps: int = 10
+    resume: bool = False
+    overwrite: bool = False
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision={self.precision!r}: training knows {', '.join(PRECISIONS)}.")
+        self.precision = PRECISIONS[self.precision]
+        if self.lr_scheduler_type not in SCHEDULES:
+            raise ValueError(f"lr_scheduler_type={self.lr_scheduler_type!r}: choose one of {', '.join(SCHEDULES)}.")
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_batch_tokens", "logging_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1.")
+        for name in ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "max_steps", "eval_steps", "save_steps"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must not be negative.")
+        if self.max_steps == 0 and not self.num_train_epochs > 0:
+            raise ValueError(f"num_train_epochs={self.num_train_epochs}: must be above 0 where max_steps is not set.")
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout}: must lie in [0, 1).")
+
+    @property
+    def lists_per_step(self) -> int:
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    @classmethod
+    def from_mapping(cls, mapping: dict[str, Any], where: str = "the configuration") -> TrainConfig:
+        """Builds the config from plain keys; unknown and missing ones are ValueErrors that name the nearest known key."""
+        mapping = dict(mapping)
+        if "warmup_ratio" in mapping:
+            mapping.setdefault("warmup_steps", mapping.pop("warmup_ratio"))
+        check_keys(mapping, where)
+        required = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
+        missing = [name for name in required if mapping.get(name) is None]
+        if missing:
+            raise ValueError(f"{where} lacks {', '.join(missing)}: give --{missing[0]} or the key in the YAML file.")
+        return cls(**mapping)
+
+    def to_mapping(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) if isinstance(self.train_data, str | dict) else dict(vars(self))
+
+    def differences(self, other: dict[str, Any]) -> list[str]:
+        """Keys in which a stored run differs from this one and that would change the weights."""
+        mine = yaml.safe_load(to_yaml(self))
+        return [key for key in mine if key not in RESUMABLE and mine[key] != other.get(key, mine[key])]
+
+
+def to_yaml(config: TrainConfig) -> str:
+    mapping = dict(vars(config))
+    for key in ("train_data", "eval_data"):
+        mapping[key] = _plain(mapping[key])
+    return yaml.safe_dump(mapping, sort_keys=False, allow_unicode=True)
+
+
+def _plain(data: Any) -> Any:
+    """Python rows are described, not written out: a config file holds paths, not documents."""
+    if isinstance(data, str | type(None)):
+        return data
+    if isinstance(data, Path):
+        return str(data)
+    if isinstance(data, dict) and not {"query", "documents"} <= data.keys():
+        return {key: _plain_value(value) for key, value in data.items()}
+    if dataclasses.is_dataclass(data) and not hasattr(data, "query"):
+        return {key: _plain_value(value) for key, value in vars(data).items()}
+    rows = list(data)
+    if (rows and isinstance(rows[0], str | Path)) or (rows and isinstance(rows[0], dict) and "query" not in rows[0]):
+        return [_plain(row) for row in rows]
+    return f"{len(rows)} rows given in Python"
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    return [_plain_value(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def check_keys(mapping: dict[str, Any], where: str) -> None:
+    known = [f.name for f in dataclasses.fields(TrainConfig)] + ["warmup_ratio"]
+    for key in mapping:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
+            raise ValueError(f"{where}: unknown key {key!r}; the nearest known one is {near[0]!r}.")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(mapping, dict):
+        raise ValueError(f"{path} must hold keys and values, one training run; it holds {type(mapping).__name__}.")
+    check_keys(mapping, str(path))
+    return mapping
+
+
+def recipe_names() -> list[str]:
+    folder = importlib.resources.files("fastrank") / "recipes"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def resolve_recipe(name: str) -> Path:
+    """The YAML file itself, or the ready recipe of that name."""
+    if os.path.exists(name):
+        return Path(name)
+    if name in recipe_names():
+        return Path(str(importlib.resources.files("fastrank") / "recipes" / f"{name}.yaml"))
+    raise ValueError(f"{name!r} is neither a YAML file nor a recipe; the recipes are {', '.join(recipe_names())}.")
+
+
+def as_flags(argv: list[str]) -> list[str]:
+    """--learning-rate → --learning_rate; values are left alone."""
+    return [
+        "--" + (head := word[2:].split("=", 1))[0].replace("-", "_") + ("=" + head[1] if len(head) == 2 else "")
+        if word.startswith("--")
+        else word
+        for word in argv
+    ]

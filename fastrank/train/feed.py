@@ -1,0 +1,87 @@
+"""Which lists a step sees, and what the weights are measured on; both follow from the data and the seed alone."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections.abc import Sequence
+
+import numpy as np
+
+from fastrank.data import LoadedData, RankingList, load_data
+from fastrank.evaluate import evaluate, qrels_from_labels, run_from_scores
+
+__all__ = ["EvaluationSet", "Feed"]
+
+
+class Feed:
+    """Draws the lists of every step: all queries in an order of their own each epoch, the last step of an epoch short.
+
+    Args:
+        source: The training data, in the forms that fastrank.data.load_data reads; every list needs labels.
+        lists_per_step: Lists of a step.
+        seed: Decides order and sampling.
+
+    Raises:
+        ValueError: Unreadable data, or a list without labels.
+    """
+
+    def __init__(self, source, *, lists_per_step: int, seed: int):
+        self._data: LoadedData = load_data(source, seed=seed)
+        self._lists_per_step = lists_per_step
+        self._seed = seed
+        self._epoch, self._order = -1, []
+        for name, one in zip(self._data.keys, self._data.candidates, strict=True):
+            if one.labels is None:
+                raise ValueError(f"List {name!r} of the training data has no labels to learn from.")
+
+    @property
+    def num_lists(self) -> int:
+        return len(self._data)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.num_lists / self._lists_per_step)
+
+    @property
+    def summary(self) -> str:
+        """What was read, left out and added, in one line."""
+        return str(self._data.report)
+
+    def step(self, number: int) -> list[RankingList]:
+        """The lists of step `number`, counted from 0 over all epochs."""
+        epoch, place = divmod(number, self.steps_per_epoch)
+        if epoch != self._epoch:
+            # random() is the one method whose sequence Python keeps for a seed across versions.
+            draw = random.Random(f"{self._seed} order {epoch}").random
+            self._epoch, self._order = epoch, sorted(range(self.num_lists), key=[draw() for _ in range(self.num_lists)].__getitem__)
+        start = place * self._lists_per_step
+        return [self._data.draw(index, epoch=epoch) for index in self._order[start : start + self._lists_per_step]]
+
+    def fingerprint(self) -> str:
+        """Changes with any text, label or name of the data."""
+        digest = hashlib.blake2b(digest_size=16)
+        for key, one in zip(self._data.keys, self._data.candidates, strict=True):
+            digest.update(repr((key, one.query, one.documents, one.labels)).encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
+
+
+class EvaluationSet:
+    """Lists and judgments to measure nDCG@10 on; judged documents that are no candidates count as missed.
+
+    Args:
+        source: In the forms that fastrank.data.load_data reads; every list needs labels or judgments.
+        seed: For a source that draws a sample of each list.
+    """
+
+    def __init__(self, source, *, seed: int):
+        data = load_data(source, seed=seed)
+        self.lists = data.draw_all()
+        self._keys = data.keys
+        unjudged = [i for i, key in enumerate(data.keys) if key not in data.qrels]
+        self._qrels = data.qrels | qrels_from_labels([self.lists[i] for i in unjudged], [data.keys[i] for i in unjudged])
+
+    def ndcg_at_10(self, scores: Sequence[np.ndarray]) -> float:
+        """scores: one array (documents,) a list. Returns the mean over the judged queries."""
+        return evaluate(run_from_scores(self.lists, scores, self._keys), self._qrels)["nDCG@10"]

@@ -1,0 +1,178 @@
+"""One training run: TrainConfig in, a checkpoint folder out; what is done when, and what lies in the folder.
+
+Order, sampling and dropout follow from (seed, step) alone, so a run that was killed at any moment and resumed takes the same
+steps as one that never stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import math
+import shutil
+import time
+from pathlib import Path
+
+import torch
+
+from fastrank.checkpoint import save_model
+
+from .config import TrainConfig, read_yaml, to_yaml
+from .feed import EvaluationSet, Feed
+from .report import Report
+from .state import Progress, load_state, save_state
+from .trainer import Trainer
+
+__all__ = ["learning_rate_factor", "train"]
+
+CONFIG_FILE = "training.yaml"
+
+
+def train(config: TrainConfig, *, quiet: bool = False) -> Path:
+    """Trains a cross-encoder and returns its checkpoint folder, config.output_dir.
+
+    The folder opens in fastrank, transformers and sentence-transformers. It holds the weights with the best nDCG@10 on eval_data,
+    or the last ones where there is none.
+
+    Args:
+        config: The run; see TrainConfig.
+        quiet: Print nothing; log.jsonl is written all the same.
+
+    Raises:
+        ValueError: An unusable key, file, folder or checkpoint, or a loss that is no longer finite; the message says which.
+    """
+    folder = Path(config.output_dir)
+    feed = Feed(config.train_data, lists_per_step=config.lists_per_step, seed=config.seed)
+    num_steps = config.max_steps or max(1, math.ceil(feed.steps_per_epoch * config.num_train_epochs))
+    if config.dry_run:
+        _print_plan(config, feed, num_steps)
+        return folder
+    with _claimed(folder, config):
+        trainer = Trainer(config)
+        evaluation = None if config.eval_data is None else EvaluationSet(config.eval_data, seed=config.seed)
+        fingerprint = feed.fingerprint()
+        progress = load_state(folder, trainer.model, trainer.optimizer) if config.resume else None
+        progress = progress or Progress(data_fingerprint=fingerprint)
+        if progress.data_fingerprint != fingerprint:
+            raise ValueError(f"The training data differ from those that {folder} was trained on: start anew with --overwrite.")
+        (folder / CONFIG_FILE).write_text(to_yaml(config), encoding="utf-8")
+        report = Report(folder, num_steps, progress.step, quiet=quiet)
+        try:
+            _announce(report, trainer, feed, num_steps, progress)
+            _run(trainer, feed, evaluation, num_steps, progress, report)
+        finally:
+            report.close()
+    return folder
+
+
+def _run(
+    trainer: Trainer, feed: Feed, evaluation: EvaluationSet | None, num_steps: int, progress: Progress, report: Report
+) -> None:
+    config, folder = trainer.config, Path(trainer.config.output_dir)
+    eval_steps, save_steps = _interval(config.eval_steps, num_steps), _interval(config.save_steps, num_steps)
+    if evaluation and progress.step == 0:
+        report.record({"step": 0, "ndcg_at_10": evaluation.ndcg_at_10(trainer.scores(evaluation.lists))})
+    trainer.num_lists_without_terms = progress.lists_without_terms
+    while progress.step < num_steps:
+        started = time.perf_counter()
+        lists = feed.step(progress.step)
+        factor = learning_rate_factor(config, progress.step, num_steps)
+        loss = trainer.step(lists, progress.step, rate_factor=factor)
+        progress.step += 1
+        progress.lists_without_terms = trainer.num_lists_without_terms
+        progress.add(loss, pairs=sum(len(one.documents) for one in lists), seconds=time.perf_counter() - started)
+        last = progress.step == num_steps
+        record: dict = {"step": progress.step}
+        if last or progress.step % config.logging_steps == 0:
+            record |= progress.take_means()
+            record["learning_rate"] = config.learning_rate * factor
+            if not math.isfinite(record["loss"]):
+                raise ValueError(
+                    f"The loss is {record['loss']} in the steps up to {progress.step}: lower the learning rate, or look for labels that "
+                    "are not finite."
+                )
+        report.advance(progress.step, loss)
+        if evaluation and (last or progress.step % eval_steps == 0):
+            record["ndcg_at_10"] = measure = evaluation.ndcg_at_10(trainer.scores(evaluation.lists))
+            if progress.best_measure is None or measure > progress.best_measure:
+                progress.best_measure, progress.best_step = measure, progress.step
+                save_model(folder, trainer.model, trainer.tokenizer)
+        if last and not evaluation:
+            save_model(folder, trainer.model, trainer.tokenizer)
+        if len(record) > 1:
+            report.record(record)
+        if last or progress.step % save_steps == 0:
+            save_state(folder, trainer.model, trainer.optimizer, progress)
+    if trainer.num_lists_without_terms:
+        report.line(f"{trainer.num_lists_without_terms} lists gave the loss no term (no positive, or all labels equal).")
+    if trainer.tokenizer.num_truncated:
+        report.line(f"{trainer.tokenizer.num_truncated} pairs were truncated to {trainer.tokenizer.max_length} tokens.")
+    if progress.best_step is not None:
+        report.line(f"best nDCG@10 {progress.best_measure:.4f} at step {progress.best_step}")
+    report.line(f"checkpoint: {folder}")
+
+
+def learning_rate_factor(config: TrainConfig, step: int, num_steps: int) -> float:
+    """The share of the peak rate in the step with index `step` (0-based): warm-up reaches 1, then the schedule falls to 0."""
+    warmup = config.warmup_steps * num_steps if config.warmup_steps < 1 else config.warmup_steps
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    done = (step - warmup) / max(1.0, num_steps - warmup)
+    if config.lr_scheduler_type == "linear":
+        return max(0.0, 1 - done)
+    if config.lr_scheduler_type == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * done))
+    return 1.0
+
+
+def _interval(steps: float, num_steps: int) -> int:
+    return max(1, round(steps * num_steps if 0 < steps < 1 else steps or num_steps))
+
+
+def _announce(report: Report, trainer: Trainer, feed: Feed, num_steps: int, progress: Progress) -> None:
+    config = trainer.config
+    report.line(
+        f"{config.lists_per_step} lists a step, {num_steps} steps; loss {config.loss}; {trainer.device}, "
+        f"{torch.get_num_threads()} threads, {config.precision}"
+    )
+    report.line(feed.summary)
+    if trainer.model.initialised:
+        report.line(f"drawn from seed {config.seed}: {', '.join(trainer.model.initialised)}")
+    if progress.step:
+        report.line(f"resumed after step {progress.step}")
+
+
+def _print_plan(config: TrainConfig, feed: Feed, num_steps: int) -> None:
+    lists = feed.step(0)
+    pairs = sum(len(one.documents) for one in lists)
+    tokens = sum(len(ids) for one in Trainer(config).tokenise(lists) for ids, _ in one)
+    print(f"{feed.num_lists} lists, {config.lists_per_step} a step, {num_steps} steps")
+    print(f"first step: {pairs} pairs, {tokens} tokens; the whole run about {pairs * num_steps} pairs, {tokens * num_steps} tokens")
+
+
+@contextlib.contextmanager
+def _claimed(folder: Path, config: TrainConfig):
+    """Holds the folder against a second run, and refuses one that holds other files or another run's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"{folder} is in use by another training run that is still going.") from None
+        # The lock file stays: unlinking it would let two later runs lock two different files of that name.
+        left = [entry for entry in folder.iterdir() if entry.name != ".lock"]
+        if left and config.overwrite:
+            if not (folder / CONFIG_FILE).exists():
+                raise ValueError(f"{folder} holds files that no training run left ({left[0].name}): --overwrite would delete them.")
+            for entry in left:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        elif left and not config.resume:
+            raise ValueError(f"{folder} is not empty: go on with --resume, start anew with --overwrite, or name another folder.")
+        elif (folder / CONFIG_FILE).exists():
+            different = config.differences(read_yaml(folder / CONFIG_FILE))
+            if different:
+                raise ValueError(
+                    f"{folder} was trained with another {', '.join(different)} ({CONFIG_FILE} there says which): give the same, or "
+                    "start anew with --overwrite."
+                )
+        yield

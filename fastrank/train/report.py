@@ -1,0 +1,127 @@
+"""What a run tells: a progress bar and lines on stderr, JSON lines on stdout and in log.jsonl, curves in curves.png."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+__all__ = ["Report", "plot_curves", "read_log"]
+
+LOG_FILE = "log.jsonl"
+
+
+def read_log(folder: Path) -> list[dict]:
+    """The log's records; a last line cut off by a kill is left out."""
+    records = []
+    path = folder / LOG_FILE
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return records
+
+
+class Report:
+    """Prints and stores a run's records; a resumed run first drops the records behind its state."""
+
+    def __init__(self, folder: Path, num_steps: int, first_step: int, *, quiet: bool = False):
+        records = [record for record in read_log(folder) if record["step"] <= first_step]
+        aside = folder / (LOG_FILE + ".writing")
+        aside.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        os.replace(aside, folder / LOG_FILE)
+        self._file = open(folder / LOG_FILE, "a", encoding="utf-8")
+        self._width = len(str(num_steps))
+        self._num_steps = num_steps
+        self._quiet = quiet
+        self._progress = None
+        self._tensorboard = None
+        if not quiet:
+            self._progress = _progress_bar(num_steps, first_step)
+            self._tensorboard = _tensorboard(folder)
+
+    def line(self, text: str) -> None:
+        if self._quiet:
+            return
+        if self._progress is not None:
+            self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def advance(self, step: int, loss: float) -> None:
+        if self._progress is not None:
+            self._progress.update(0, completed=step, description=f"loss {loss:.4f}")
+
+    def record(self, record: dict) -> None:
+        """One human line, one JSON line."""
+        text = f"step {record['step']:>{self._width}}/{self._num_steps}"
+        for key, form in (("loss", "loss {:.4f}"), ("learning_rate", "rate {:.2e}"), ("pairs_per_second", "{:.0f} pairs/s")):
+            if key in record:
+                text += "  " + form.format(record[key])
+        if "ndcg_at_10" in record:
+            text += f"  nDCG@10 {record['ndcg_at_10']:.4f}"
+        self.line(text)
+        line = json.dumps(record)
+        self._file.write(line + "\n")
+        self._file.flush()
+        if not self._quiet:
+            print(line, flush=True)
+        if self._tensorboard is not None:
+            for key, value in record.items():
+                if key != "step":
+                    self._tensorboard.add_scalar(key, value, record["step"])
+
+    def close(self) -> None:
+        self._file.close()
+        if self._progress is not None:
+            self._progress.stop()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+def _progress_bar(num_steps: int, first_step: int):
+    if not sys.stderr.isatty():
+        return None
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    except ImportError:  # a bare GPU machine trains without rich
+        return None
+    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    progress = Progress(*columns, console=Console(stderr=True))
+    progress.add_task("", total=num_steps, completed=first_step)
+    progress.start()
+    return progress
+
+
+def _tensorboard(folder: Path):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder / "tensorboard"))
+
+
+def plot_curves(folder: Path, path: Path, *, baselines: dict[str, float] | None = None) -> None:
+    """Draws loss and development nDCG@10 over the steps of log.jsonl, with named horizontal lines; needs matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    records = read_log(folder)
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), constrained_layout=True)
+    losses = [(r["step"], r["loss"]) for r in records if "loss" in r]
+    left.plot(*zip(*losses, strict=True) if losses else ((), ()), color="tab:blue")
+    left.set(xlabel="step", ylabel="training loss")
+    measures = [(r["step"], r["ndcg_at_10"]) for r in records if "ndcg_at_10" in r]
+    right.plot(*zip(*measures, strict=True) if measures else ((), ()), "o-", color="tab:blue", label="cross-encoder")
+    for (name, value), style in zip((baselines or {}).items(), ("--", ":", "-."), strict=False):
+        right.axhline(value, linestyle=style, color="tab:gray", label=f"{name} {value:.3f}")
+    right.set(xlabel="step", ylabel="development nDCG@10")
+    right.legend(loc="lower right")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

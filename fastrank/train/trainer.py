@@ -1,0 +1,181 @@
+"""Model, tokenizer and optimizer of a run, and one optimizer step: ranking lists in, loss out.
+
+A step packs its lists and back-propagates one loss, normalised over all of them. max_batch_tokens cuts a step into passes of
+whole lists; each pass adds the sum of its terms over the step's number of terms, which the labels alone tell, so the cut never
+shows in the gradient. What cannot be cut that way (a list over the budget, a user's own loss) is scored first and
+back-propagated in a second pass: gradient caching, Gao et al. 2021, arXiv 2101.06983.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastrank.checkpoint import load_model
+from fastrank.data import RankingList
+from fastrank.losses import LOSSES, count_terms, resolve_loss
+from fastrank.packing import pack_lists, plan_chunks
+from fastrank.reranker import Reranker
+from fastrank.tokens import PairTokenizer
+
+from .config import TrainConfig
+
+__all__ = ["Trainer"]
+
+Pair = tuple[np.ndarray, np.ndarray]  # token ids and token types
+
+
+class Trainer:
+    """Takes optimizer steps; which lists, how many and at which rate is the loop's business.
+
+    Args:
+        config: The run.
+
+    Raises:
+        ValueError: An unusable model, loss or key.
+    """
+
+    def __init__(self, config: TrainConfig):
+        self.config = config
+        if config.num_threads:
+            torch.set_num_threads(config.num_threads)
+        automatic = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(automatic if config.device == "auto" else config.device)
+        self.loss = resolve_loss(config.loss)
+        self.tokenizer = PairTokenizer.load(
+            config.model,
+            max_length=config.max_length,
+            max_query_tokens=config.max_query_tokens,
+            max_document_tokens=config.max_document_tokens,
+        )
+        self.model = load_model(config.model, head="initialise", seed=config.seed, dropout=config.dropout).to(self.device)
+        if config.precision != "float32":
+            self.model.to_precision(config.precision)
+        self.model.freeze(config.freeze_layers)
+        self.optimizer = self._make_optimizer()
+        self.num_lists_without_terms = 0
+        self._token_ids: dict[str, np.ndarray] = {}
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        config = self.config
+        head_rate = config.learning_rate if config.head_learning_rate is None else config.head_learning_rate
+        groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+        for name, value in self.model.named_parameters():
+            if value.requires_grad:
+                # Biases and LayerNorm weights are the vectors: decay would pull them to zero for no reason.
+                groups.setdefault((name.startswith("head."), value.ndim > 1), []).append(value)
+        return torch.optim.AdamW(
+            [
+                {
+                    "params": values,
+                    "peak": head_rate if in_head else config.learning_rate,
+                    "weight_decay": config.weight_decay if decays else 0.0,
+                }
+                for (in_head, decays), values in groups.items()
+            ],
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+            fused=True,
+        )
+
+    def step(self, lists: Sequence[RankingList], number: int, *, rate_factor: float = 1.0) -> float:
+        """One optimizer step over labelled lists; returns its loss.
+
+        Args:
+            lists: The step's lists, of any length each.
+            number: Index of the step in the run: with the seed it decides dropout's masks.
+            rate_factor: Share of the peak learning rates.
+
+        Raises:
+            ValueError: A score that is NaN, naming its pair (checked on a CPU only), or what the loss refuses.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * rate_factor
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        encoded = self.tokenise(lists)
+        labels = [torch.tensor(one.labels, dtype=torch.float32) for one in lists]
+        sizes = [sum(len(ids) for ids, _ in one) for one in encoded]
+        budget = self.config.max_batch_tokens
+        known = self.config.loss in LOSSES
+        num_terms = None
+        if known:
+            terms = count_terms(self.config.loss, torch.cat(labels), _offsets(labels), **self.config.loss_options)
+            self.num_lists_without_terms += int((terms == 0).sum())
+            num_terms = max(1, int(terms.sum()))
+        if max(sizes) > budget or (not known and sum(sizes) > budget):
+            loss = self._backward_in_two_passes(lists, encoded, labels, number)
+        else:
+            loss = 0.0
+            for index, chunk in enumerate(plan_chunks(sizes, budget)):
+                scores = self._scores([encoded[i] for i in chunk], number, index)
+                self._refuse_nan(scores, [lists[i] for i in chunk])
+                part = self._loss(scores, [labels[i] for i in chunk], num_terms)
+                part.backward()
+                loss += part.detach()
+        if self.config.max_grad_norm > 0:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        self.optimizer.step()
+        return float(loss)
+
+    def _loss(self, scores: Tensor, labels: list[Tensor], num_terms: int | None) -> Tensor:
+        arguments = (scores, torch.cat(labels).to(self.device), _offsets(labels).to(self.device))
+        if num_terms is None:
+            return self.loss(*arguments, **self.config.loss_options)
+        return self.loss(*arguments, reduction="sum", **self.config.loss_options) / num_terms
+
+    def _backward_in_two_passes(self, lists, encoded: list[list[Pair]], labels: list[Tensor], number: int) -> Tensor:
+        pairs = [pair for one in encoded for pair in one]
+        passes = [[pairs[i] for i in part] for part in plan_chunks([len(ids) for ids, _ in pairs], self.config.max_batch_tokens)]
+        with torch.no_grad():
+            scores = torch.cat([self._scores([part], number, index) for index, part in enumerate(passes)])
+        self._refuse_nan(scores, lists)
+        loss = self._loss(scores.requires_grad_(), labels, None)
+        (gradient,) = torch.autograd.grad(loss, scores)
+        for index, (part, slope) in enumerate(zip(passes, gradient.split([len(p) for p in passes]), strict=True)):
+            self._scores([part], number, index).backward(slope)
+        return loss.detach()
+
+    def _scores(self, encoded: list[list[Pair]], number: int, index: int) -> Tensor:
+        # Dropout's masks follow from where the pass stands in the run, so a resumed run draws the same ones.
+        digest = hashlib.blake2b(f"{self.config.seed} {number} {index}".encode(), digest_size=8).digest()
+        torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+        return self.model.score(pack_lists(encoded).to(self.device))
+
+    def _refuse_nan(self, scores: Tensor, lists: Sequence[RankingList]) -> None:
+        if scores.device.type != "cpu" or not torch.isnan(scores).any():
+            return
+        position = int(torch.isnan(scores.detach()).nonzero()[0])
+        for one in lists:
+            if position < len(one.documents):
+                raise ValueError(
+                    f"The score of query {one.query_id or one.query[:60]!r} with document "
+                    f"{one.document_ids[position] if one.document_ids else position!r} is NaN: the weights have diverged; lower the "
+                    "learning rate."
+                )
+            position -= len(one.documents)
+
+    def tokenise(self, lists: Sequence[RankingList]) -> list[list[Pair]]:
+        """Each list's pairs as (token ids, token types); every text is tokenised once in the run."""
+        ids = self._token_ids
+        texts = [text for text in dict.fromkeys(t for one in lists for t in (one.query, *one.documents)) if text not in ids]
+        if texts:
+            ids.update(zip(texts, self.tokenizer.encode(texts, enough=self.tokenizer.max_length), strict=True))
+        return [[self.tokenizer.pair(ids[one.query], ids[document]) for document in one.documents] for one in lists]
+
+    def scores(self, lists: Sequence[RankingList]) -> list[np.ndarray]:
+        """Scores of every list's documents without a gradient, each float32 (documents,)."""
+        self.model.eval()
+        try:
+            return Reranker.from_parts(self.model, self.tokenizer, max_batch_tokens=self.config.max_batch_tokens).score_lists(lists)
+        finally:
+            self.model.train()
+
+
+def _offsets(labels: list[Tensor]) -> Tensor:
+    return torch.tensor([0, *np.cumsum([len(one) for one in labels])], dtype=torch.int32)
