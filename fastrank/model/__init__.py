@@ -1,0 +1,91 @@
+"""PackedBatch -> scores: the encoder families, and CrossEncoder, which runs any of them.
+
+The hub's checkpoints decide everything: `model_type` in their config.json picks the family from FAMILIES.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fastrank.model.bert import BERT
+from fastrank.model.electra import ELECTRA
+from fastrank.model.encoder import Encoder
+from fastrank.model.family import Family
+from fastrank.model.linear import set_precision
+from fastrank.model.roberta import ROBERTA, XLM_ROBERTA
+from fastrank.model.settings import read_settings
+
+if TYPE_CHECKING:
+    from fastrank.packing import PackedBatch
+
+FAMILIES: dict[str, Family] = {
+    "bert": BERT,
+    "electra": ELECTRA,
+    "roberta": ROBERTA,
+    "xlm-roberta": XLM_ROBERTA,
+}
+
+
+def find_family(config: Mapping[str, Any]) -> Family:
+    """The family of a config.json; raises ValueError with the supported ones for any other."""
+    model_type = config.get("model_type")
+    if model_type not in FAMILIES:
+        raise ValueError(
+            f"The checkpoint's model_type {model_type!r} is not supported; supported are {', '.join(FAMILIES)}."
+        )
+    return FAMILIES[model_type]
+
+
+class CrossEncoder(nn.Module):
+    """A re-ranker: an encoder and a head that turns each pair's first token into logits.
+
+    Made by fastrank.checkpoint.load_model, which fills in the weights: before that they are uninitialised memory.
+    config: the parsed config.json, kept as `config`. has_plain_head: the head is a single linear layer (ELECTRA only).
+    dropout: replaces the config's dropout in training. `initialised` names the weights that no checkpoint gave.
+    """
+
+    def __init__(
+        self, config: Mapping[str, Any], *, has_plain_head: bool = False, dropout: float | None = None
+    ) -> None:
+        super().__init__()
+        self.config = dict(config)
+        self.family = find_family(config)
+        self.settings = read_settings(
+            config,
+            self.family.defaults,
+            positions_after_padding=self.family.positions_after_padding is not None,
+            dropout=dropout,
+        )
+        self.encoder = Encoder(self.settings)
+        self.head = (self.family.plain_head if has_plain_head else self.family.head)(self.settings)
+        self.initialised: tuple[str, ...] = ()
+
+    @property
+    def max_pair_tokens(self) -> int:
+        """How many tokens a pair may have: the rows of the position table that can be used."""
+        return self.settings.num_positions - self.settings.first_position
+
+    def to_precision(self, precision: str | torch.dtype) -> "CrossEncoder":
+        """Run the encoder's matrix products in "float32" or "bf16"; weights, kernels and head stay in float32."""
+        set_precision(self.encoder, precision)
+        return self
+
+    def forward(self, batch: "PackedBatch") -> Tensor:
+        """Logits of each pair, (pairs, num_labels) float32; raises ValueError if a pair is too long."""
+        if batch.max_pair_tokens > self.max_pair_tokens:
+            raise ValueError(
+                f"A pair has {batch.max_pair_tokens} tokens, but the model has positions for {self.max_pair_tokens}: "
+                "truncate when tokenizing (max_length)."
+            )
+        positions = batch.positions
+        if self.family.positions_after_padding is not None:
+            padding_idx = self.settings.pad_token_id
+            positions = self.family.positions_after_padding(batch.token_ids, positions, padding_idx)
+        return self.head(self.encoder(batch, positions))
+
+    def score(self, batch: "PackedBatch") -> Tensor:
+        """One score a pair, (pairs,) float32: the logit, or with two labels the log-probability of the second."""
+        logits = self(batch)
+        return logits[:, 0] if logits.shape[1] == 1 else logits.log_softmax(1)[:, 1]

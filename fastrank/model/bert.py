@@ -1,0 +1,32 @@
+"""BERT for re-ranking (also MiniLM and TinyBERT): a pooler, tanh(dense), then a linear classifier.
+
+Source: Devlin et al. 2019, arXiv 1810.04805; Nogueira and Cho 2019, arXiv 1901.04085.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastrank.model.family import Family
+from fastrank.model.settings import Settings
+
+
+class PoolerHead(nn.Module):
+    """logits = output(tanh(dense(x)))."""
+
+    # Our module name -> the hub's. The pooler counts as a part of the encoder there.
+    hub_names = {"dense": "bert.pooler.dense", "output": "classifier"}  # noqa: RUF012
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__()
+        self.dense = nn.Linear(settings.hidden_size, settings.hidden_size)
+        self.output = nn.Linear(settings.hidden_size, settings.num_labels)
+        self.dropout = settings.head_dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (pairs, hidden) float32; returns (pairs, num_labels)."""
+        x = torch.tanh(self.dense(x))
+        return self.output(F.dropout(x, self.dropout, self.training))
+
+
+BERT = Family(prefix="bert", architecture="BertForSequenceClassification", head=PoolerHead)

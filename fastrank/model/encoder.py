@@ -1,0 +1,139 @@
+"""The transformer encoder that BERT, ELECTRA and RoBERTa share: a PackedBatch comes in, one vector a pair goes out.
+
+Layer normalisation stands after each residual sum (post-LN), positions are learned vectors. Only a pair's first token
+is ever scored, so the last layer computes keys and values for all tokens and everything else for the first tokens
+alone, in training too: the loss sees nothing else, hence the gradients are the same. Dropout acts on hidden states;
+attention weights are never dropped. Source: Vaswani et al. 2017; Devlin et al. 2019.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastrank import ops
+from fastrank.model.linear import Linear
+from fastrank.model.settings import ACTIVATIONS, Settings
+
+if TYPE_CHECKING:
+    from fastrank.packing import PackedBatch
+
+
+class Norm(nn.Module):
+    """LayerNorm(x + residual)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.bias = nn.Parameter(torch.zeros(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return ops.layer_norm(x, residual, self.weight, self.bias, self.eps)
+
+
+class Embeddings(nn.Module):
+    """Word, token type and position vectors of each token, summed and normalised."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__()
+        size = settings.embedding_size
+        # padding_idx stops the gradient of that row, as in transformers: a text can spell out "[PAD]".
+        self.words = _table(settings.vocab_size, size, padding_idx=settings.pad_token_id)
+        self.token_types = _table(settings.num_token_types, size)
+        padding_position = settings.first_position - 1 if settings.first_position else None
+        self.positions = _table(settings.num_positions, size, padding_idx=padding_position)
+        self.norm = Norm(size, settings.layer_norm_eps)
+        self.dropout = settings.dropout
+        self.project = Linear(size, settings.hidden_size) if size != settings.hidden_size else None
+
+    def forward(self, token_ids: Tensor, token_types: Tensor, positions: Tensor) -> Tensor:
+        """All arguments (tokens,) int64; returns (tokens, hidden)."""
+        x = self.norm(self.words(token_ids) + self.token_types(token_types), self.positions(positions))
+        x = F.dropout(x, self.dropout, self.training)
+        return x if self.project is None else self.project(x)
+
+
+class Layer(nn.Module):
+    """Self-attention and a two-layer network, each followed by LayerNorm(x + residual)."""
+
+    def __init__(self, settings: Settings, *, is_last: bool) -> None:
+        super().__init__()
+        size, inner = settings.hidden_size, settings.intermediate_size
+        self.is_last = is_last
+        self.heads = (settings.num_heads, size // settings.num_heads)
+        self.dropout = settings.dropout
+        self.activation = ACTIVATIONS[settings.activation]
+        if is_last:
+            self.query = Linear(size, size)
+            self.key_value = Linear(size, 2 * size)
+        else:
+            self.qkv = Linear(size, 3 * size)
+        self.attention_output = Linear(size, size)
+        self.attention_norm = Norm(size, settings.layer_norm_eps)
+        self.up = Linear(size, inner)
+        self.down = Linear(inner, size)
+        self.norm = Norm(size, settings.layer_norm_eps)
+
+    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+        """x: (tokens, hidden); offsets int32 (pairs + 1,). Returns (tokens, hidden); the last layer (pairs, hidden)."""
+        if self.is_last:
+            attended, x = self._attend_from_first_tokens(x, offsets)
+        else:
+            qkv = self.qkv(x).unflatten(1, (3, *self.heads))
+            attended = ops.fused_attention(qkv, offsets)
+        x = self.attention_norm(self._drop(self.attention_output(attended.flatten(1))), x)
+        return self.norm(self._drop(self.down(self.activation(self.up(x)))), x)
+
+    def _attend_from_first_tokens(self, x: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = self.key_value(x).unflatten(1, (2, *self.heads)).unbind(1)
+        first = x[offsets[:-1].long()]
+        q = self.query(first).unflatten(1, self.heads)
+        one_query_each = torch.arange(len(offsets), dtype=offsets.dtype, device=offsets.device)
+        return ops.attention(q, k, v, offsets, query_offsets=one_query_each), first
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training)
+
+
+class Encoder(nn.Module):
+    """Embeddings and layers."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__()
+        self.embeddings = Embeddings(settings)
+        count = settings.num_layers
+        self.layers = nn.ModuleList(Layer(settings, is_last=i == count - 1) for i in range(count))
+
+    def forward(self, batch: "PackedBatch", positions: Tensor) -> Tensor:
+        """positions: (tokens,) int64, rows of the position table. Returns the first token's vector, (pairs, hidden)."""
+        x = self.embeddings(batch.token_ids, batch.token_types, positions)
+        for layer in self.layers:
+            x = layer(x, batch.pair_offsets)
+        return x
+
+
+def _table(rows: int, size: int, padding_idx: int | None = None) -> nn.Embedding:
+    """An embedding whose weights a checkpoint will fill in."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, size), freeze=False, padding_idx=padding_idx)
+
+
+# Our module name -> the hub's names, whose rows are stacked. The same in every family.
+EMBEDDING_NAMES = {
+    "words": ("embeddings.word_embeddings",),
+    "token_types": ("embeddings.token_type_embeddings",),
+    "positions": ("embeddings.position_embeddings",),
+    "norm": ("embeddings.LayerNorm",),
+    "project": ("embeddings_project",),
+}
+LAYER_NAMES = {
+    "qkv": ("attention.self.query", "attention.self.key", "attention.self.value"),
+    "query": ("attention.self.query",),
+    "key_value": ("attention.self.key", "attention.self.value"),
+    "attention_output": ("attention.output.dense",),
+    "attention_norm": ("attention.output.LayerNorm",),
+    "up": ("intermediate.dense",),
+    "down": ("output.dense",),
+    "norm": ("output.LayerNorm",),
+}

