@@ -32,8 +32,8 @@ class PaddedReranker:
 
 
 class PaddedTrainer:
-    """One optimizer step at a time: a step's pairs sorted by length into padded batches whose graphs are kept, RankNet over each
-    list, AdamW."""
+    """One optimizer step at a time: a step's pairs sorted by length into padded batches whose graphs are kept,
+    RankNet over each list, AdamW."""
 
     def __init__(self, folder, dtype: str, max_length: int):
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -55,7 +55,9 @@ class PaddedTrainer:
         with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == "bf16"):
             for start in range(0, len(order), batch_size):
                 rows = order[start : start + batch_size]
-                batch = self.tokenizer.pad({key: [encoded[key][i] for i in rows] for key in encoded}, return_tensors="pt")
+                batch = self.tokenizer.pad(
+                    {key: [encoded[key][i] for i in rows] for key in encoded}, return_tensors="pt"
+                )
                 logits.append(self.model(**batch).logits[:, 0].float())
         scores = torch.cat(logits)[torch.from_numpy(np.argsort(order))]
         terms = []

@@ -1,4 +1,5 @@
-"""Re-ranking from strings to scores on the CPU: fastrank against the same checkpoint in transformers, padded and length-sorted."""
+"""Re-ranking from strings to scores on the CPU: fastrank against the same checkpoint in transformers, padded and
+length-sorted."""
 
 from __future__ import annotations
 

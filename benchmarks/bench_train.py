@@ -41,7 +41,9 @@ def comparison(full, tmp_path_factory) -> Comparison:
     contenders = [
         Contender("fastrank float32", lambda: trainer.step(lists, next(steps)), num_pairs, ours=True, check=check(1e-4))
     ]
-    notes = [f"one optimizer step of {len(lists)} lists, {num_pairs} pairs of {source}, MiniLM-L6, RankNet, from strings, dropout 0"]
+    notes = [
+        f"one step of {len(lists)} lists, {num_pairs} pairs of {source}, MiniLM-L6, RankNet, from strings, no dropout"
+    ]
     for dtype in ("float32", "bf16"):
         padded = PaddedTrainer(folder, dtype, MAX_LENGTH)
         size = best_setting(lambda size, padded=padded: lambda: padded.step(lists[:1], size, update=False), BATCH_SIZES)

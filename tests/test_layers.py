@@ -34,7 +34,8 @@ def test_public_names():
 
 
 def test_import_is_light():
-    """Importing the package loads neither torch nor transformers, so that a command that needs neither starts at once."""
+    """Importing the package loads neither torch nor transformers, so that a command that needs neither starts at
+    once."""
     code = "import sys, fastrank, fastrank.__main__; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
@@ -59,8 +60,18 @@ def test_the_readme_tree_is_true():
             folders.append((indent, entry.strip()))
         named.add(path)
     sources = subprocess.run(
-        ["git", "ls-files", "fastrank", "csrc", "benchmarks", "tests"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["git", "ls-files", "fastrank", "csrc", "benchmarks", "tests"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.split()
-    covered = tuple(path for path in named if path.endswith("/") and not any(o != path and o.startswith(path) for o in named))
-    missing = [p for p in sources if p not in named and not p.startswith(covered) and not p.endswith(("__init__.py", "py.typed"))]
+    covered = tuple(
+        path for path in named if path.endswith("/") and not any(o != path and o.startswith(path) for o in named)
+    )
+    missing = [
+        p
+        for p in sources
+        if p not in named and not p.startswith(covered) and not p.endswith(("__init__.py", "py.typed"))
+    ]
     assert not missing, f"the README's tree lacks {missing}"

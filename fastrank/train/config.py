@@ -29,10 +29,11 @@ class TrainConfig:
 
     Args:
         model: Checkpoint folder or hub name of the encoder; a missing classification head is drawn from the seed.
-        train_data: What to train on: a lists .jsonl, a mapping of fastrank.data.DataSource's fields, a list of those, or rows
-            {query, documents, labels}.
+        train_data: What to train on: a lists .jsonl, a mapping of fastrank.data.DataSource's fields, a list of those,
+            or rows {query, documents, labels}.
         output_dir: Folder that receives the best checkpoint, log.jsonl and the state to resume from.
-        eval_data: What to measure nDCG@10 on every eval_steps steps, in the same forms; none: the last weights are kept.
+        eval_data: What to measure nDCG@10 on every eval_steps steps, in the same forms; none: the last weights are
+            kept.
         loss: Name in fastrank.losses.LOSSES, or the dotted path of a function with the same signature.
         loss_options: Keyword arguments of the loss, such as {temperature: 2}.
         learning_rate: Peak rate of AdamW.
@@ -112,7 +113,15 @@ class TrainConfig:
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_batch_tokens", "logging_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1.")
-        for name in ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "max_steps", "eval_steps", "save_steps"):
+        for name in (
+            "learning_rate",
+            "warmup_steps",
+            "weight_decay",
+            "max_grad_norm",
+            "max_steps",
+            "eval_steps",
+            "save_steps",
+        ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must not be negative.")
         if self.max_steps == 0 and not self.num_train_epochs > 0:
@@ -126,7 +135,8 @@ class TrainConfig:
 
     @classmethod
     def from_mapping(cls, mapping: dict[str, Any], where: str = "the configuration") -> TrainConfig:
-        """Builds the config from plain keys; unknown and missing ones are ValueErrors that name the nearest known key."""
+        """Builds the config from plain keys; unknown and missing ones are ValueErrors that name the nearest known
+        key."""
         mapping = dict(mapping)
         if "warmup_ratio" in mapping:
             mapping.setdefault("warmup_steps", mapping.pop("warmup_ratio"))

@@ -55,7 +55,10 @@ class Feed:
         if epoch != self._epoch:
             # random() is the one method whose sequence Python keeps for a seed across versions.
             draw = random.Random(f"{self._seed} order {epoch}").random
-            self._epoch, self._order = epoch, sorted(range(self.num_lists), key=[draw() for _ in range(self.num_lists)].__getitem__)
+            self._epoch, self._order = (
+                epoch,
+                sorted(range(self.num_lists), key=[draw() for _ in range(self.num_lists)].__getitem__),
+            )
         start = place * self._lists_per_step
         return [self._data.draw(index, epoch=epoch) for index in self._order[start : start + self._lists_per_step]]
 
@@ -80,7 +83,9 @@ class EvaluationSet:
         self.lists = data.draw_all()
         self._keys = data.keys
         unjudged = [i for i, key in enumerate(data.keys) if key not in data.qrels]
-        self._qrels = data.qrels | qrels_from_labels([self.lists[i] for i in unjudged], [data.keys[i] for i in unjudged])
+        self._qrels = data.qrels | qrels_from_labels(
+            [self.lists[i] for i in unjudged], [data.keys[i] for i in unjudged]
+        )
 
     def ndcg_at_10(self, scores: Sequence[np.ndarray]) -> float:
         """scores: one array (documents,) a list. Returns the mean over the judged queries."""

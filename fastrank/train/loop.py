@@ -1,7 +1,7 @@
 """One training run: TrainConfig in, a checkpoint folder out; what is done when, and what lies in the folder.
 
-Order, sampling and dropout follow from (seed, step) alone, so a run that was killed at any moment and resumed takes the same
-steps as one that never stopped.
+Order, sampling and dropout follow from (seed, step) alone, so a run that was killed at any moment and resumed takes
+the same steps as one that never stopped.
 """
 
 from __future__ import annotations
@@ -31,15 +31,16 @@ CONFIG_FILE = "training.yaml"
 def train(config: TrainConfig, *, quiet: bool = False) -> Path:
     """Trains a cross-encoder and returns its checkpoint folder, config.output_dir.
 
-    The folder opens in fastrank, transformers and sentence-transformers. It holds the weights with the best nDCG@10 on eval_data,
-    or the last ones where there is none.
+    The folder opens in fastrank, transformers and sentence-transformers. It holds the weights with the best nDCG@10
+    on eval_data, or the last ones where there is none.
 
     Args:
         config: The run; see TrainConfig.
         quiet: Print nothing; log.jsonl is written all the same.
 
     Raises:
-        ValueError: An unusable key, file, folder or checkpoint, or a loss that is no longer finite; the message says which.
+        ValueError: An unusable key, file, folder or checkpoint, or a loss that is no longer finite; the message says
+            which.
     """
     folder = Path(config.output_dir)
     feed = Feed(config.train_data, lists_per_step=config.lists_per_step, seed=config.seed)
@@ -54,7 +55,9 @@ def train(config: TrainConfig, *, quiet: bool = False) -> Path:
         progress = load_state(folder, trainer.model, trainer.optimizer) if config.resume else None
         progress = progress or Progress(data_fingerprint=fingerprint)
         if progress.data_fingerprint != fingerprint:
-            raise ValueError(f"The training data differ from those that {folder} was trained on: start anew with --overwrite.")
+            raise ValueError(
+                f"The training data differ from those that {folder} was trained on: start anew with --overwrite."
+            )
         (folder / CONFIG_FILE).write_text(to_yaml(config), encoding="utf-8")
         report = Report(folder, num_steps, progress.step, quiet=quiet)
         try:
@@ -88,8 +91,8 @@ def _run(
             record["learning_rate"] = config.learning_rate * factor
             if not math.isfinite(record["loss"]):
                 raise ValueError(
-                    f"The loss is {record['loss']} in the steps up to {progress.step}: lower the learning rate, or look for labels that "
-                    "are not finite."
+                    f"The loss is {record['loss']} in the steps up to {progress.step}: lower the learning rate, or look "
+                    "for labels that are not finite."
                 )
         report.advance(progress.step, loss)
         if evaluation and (last or progress.step % eval_steps == 0):
@@ -104,7 +107,9 @@ def _run(
         if last or progress.step % save_steps == 0:
             save_state(folder, trainer.model, trainer.optimizer, progress)
     if trainer.num_lists_without_terms:
-        report.line(f"{trainer.num_lists_without_terms} lists gave the loss no term (no positive, or all labels equal).")
+        report.line(
+            f"{trainer.num_lists_without_terms} lists gave the loss no term (no positive, or all labels equal)."
+        )
     if trainer.tokenizer.num_truncated:
         report.line(f"{trainer.tokenizer.num_truncated} pairs were truncated to {trainer.tokenizer.max_length} tokens.")
     if progress.best_step is not None:
@@ -113,7 +118,8 @@ def _run(
 
 
 def learning_rate_factor(config: TrainConfig, step: int, num_steps: int) -> float:
-    """The share of the peak rate in the step with index `step` (0-based): warm-up reaches 1, then the schedule falls to 0."""
+    """The share of the peak rate in the step with index `step` (0-based): warm-up reaches 1, then the schedule falls
+    to 0."""
     warmup = config.warmup_steps * num_steps if config.warmup_steps < 1 else config.warmup_steps
     if step < warmup:
         return (step + 1) / (warmup + 1)
@@ -147,7 +153,10 @@ def _print_plan(config: TrainConfig, feed: Feed, num_steps: int) -> None:
     pairs = sum(len(one.documents) for one in lists)
     tokens = sum(len(ids) for one in Trainer(config).tokenise(lists) for ids, _ in one)
     print(f"{feed.num_lists} lists, {config.lists_per_step} a step, {num_steps} steps")
-    print(f"first step: {pairs} pairs, {tokens} tokens; the whole run about {pairs * num_steps} pairs, {tokens * num_steps} tokens")
+    print(
+        f"first step: {pairs} pairs, {tokens} tokens; "
+        f"the whole run about {pairs * num_steps} pairs, {tokens * num_steps} tokens"
+    )
 
 
 @contextlib.contextmanager
@@ -163,16 +172,20 @@ def _claimed(folder: Path, config: TrainConfig):
         left = [entry for entry in folder.iterdir() if entry.name != ".lock"]
         if left and config.overwrite:
             if not (folder / CONFIG_FILE).exists():
-                raise ValueError(f"{folder} holds files that no training run left ({left[0].name}): --overwrite would delete them.")
+                raise ValueError(
+                    f"{folder} holds files that no training run left ({left[0].name}): --overwrite would delete them."
+                )
             for entry in left:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         elif left and not config.resume:
-            raise ValueError(f"{folder} is not empty: go on with --resume, start anew with --overwrite, or name another folder.")
+            raise ValueError(
+                f"{folder} is not empty: go on with --resume, start anew with --overwrite, or name another folder."
+            )
         elif (folder / CONFIG_FILE).exists():
             different = config.differences(read_yaml(folder / CONFIG_FILE))
             if different:
                 raise ValueError(
-                    f"{folder} was trained with another {', '.join(different)} ({CONFIG_FILE} there says which): give the same, or "
-                    "start anew with --overwrite."
+                    f"{folder} was trained with another {', '.join(different)} ({CONFIG_FILE} there says which): "
+                    "give the same, or start anew with --overwrite."
                 )
         yield

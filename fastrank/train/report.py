@@ -58,7 +58,11 @@ class Report:
     def record(self, record: dict) -> None:
         """One human line, one JSON line."""
         text = f"step {record['step']:>{self._width}}/{self._num_steps}"
-        for key, form in (("loss", "loss {:.4f}"), ("learning_rate", "rate {:.2e}"), ("pairs_per_second", "{:.0f} pairs/s")):
+        for key, form in (
+            ("loss", "loss {:.4f}"),
+            ("learning_rate", "rate {:.2e}"),
+            ("pairs_per_second", "{:.0f} pairs/s"),
+        ):
             if key in record:
                 text += "  " + form.format(record[key])
         if "ndcg_at_10" in record:
@@ -90,7 +94,13 @@ def _progress_bar(num_steps: int, first_step: int):
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     except ImportError:  # a bare GPU machine trains without rich
         return None
-    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    columns = (
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
     progress = Progress(*columns, console=Console(stderr=True))
     progress.add_task("", total=num_steps, completed=first_step)
     progress.start()

@@ -1,7 +1,7 @@
 """What a killed run needs to go on: one safetensors file with weights, AdamW's moments and progress.
 
-One file, written aside, synced and renamed: at every moment the folder holds a whole old state or a whole new one. Order,
-sampling and dropout follow from (seed, step), so no generator has to be stored.
+One file, written aside, synced and renamed: at every moment the folder holds a whole old state or a whole new one.
+Order, sampling and dropout follow from (seed, step), so no generator has to be stored.
 """
 
 from __future__ import annotations
@@ -54,7 +54,11 @@ def save_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer,
         for key, moment in optimizer.state.get(value, {}).items():
             tensors[f"{key}.{name}"] = moment.detach()
     aside = folder / (STATE_FILE + ".writing")
-    save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, aside, metadata={"progress": json.dumps(asdict(progress))})
+    save_file(
+        {k: v.contiguous().cpu() for k, v in tensors.items()},
+        aside,
+        metadata={"progress": json.dumps(asdict(progress))},
+    )
     with open(aside, "rb") as file:
         os.fsync(file.fileno())
     os.replace(aside, folder / STATE_FILE)

@@ -1,9 +1,9 @@
 """Model, tokenizer and optimizer of a run, and one optimizer step: ranking lists in, loss out.
 
-A step packs its lists and back-propagates one loss, normalised over all of them. max_batch_tokens cuts a step into passes of
-whole lists; each pass adds the sum of its terms over the step's number of terms, which the labels alone tell, so the cut never
-shows in the gradient. What cannot be cut that way (a list over the budget, a user's own loss) is scored first and
-back-propagated in a second pass: gradient caching, Gao et al. 2021, arXiv 2101.06983.
+A step packs its lists and back-propagates one loss, normalised over all of them. max_batch_tokens cuts a step into
+passes of whole lists; each pass adds the sum of its terms over the step's number of terms, which the labels alone
+tell, so the cut never shows in the gradient. What cannot be cut that way (a list over the budget, a user's own loss)
+is scored first and back-propagated in a second pass: gradient caching, Gao et al. 2021, arXiv 2101.06983.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 from fastrank.checkpoint import load_model
 from fastrank.data import RankingList
 from fastrank.losses import LOSSES, count_terms, resolve_loss
+from fastrank.model import CrossEncoder
 from fastrank.packing import pack_lists, plan_chunks
 from fastrank.reranker import Reranker
 from fastrank.tokens import PairTokenizer
@@ -52,10 +53,12 @@ class Trainer:
             max_query_tokens=config.max_query_tokens,
             max_document_tokens=config.max_document_tokens,
         )
-        self.model = load_model(config.model, head="initialise", seed=config.seed, dropout=config.dropout).to(self.device)
+        self.model = load_model(config.model, head="initialise", seed=config.seed, dropout=config.dropout).to(
+            self.device
+        )
         if config.precision != "float32":
             self.model.to_precision(config.precision)
-        self.model.freeze(config.freeze_layers)
+        _freeze(self.model, config.freeze_layers)
         self.optimizer = self._make_optimizer()
         self.num_lists_without_terms = 0
         self._token_ids: dict[str, np.ndarray] = {}
@@ -131,7 +134,10 @@ class Trainer:
 
     def _backward_in_two_passes(self, lists, encoded: list[list[Pair]], labels: list[Tensor], number: int) -> Tensor:
         pairs = [pair for one in encoded for pair in one]
-        passes = [[pairs[i] for i in part] for part in plan_chunks([len(ids) for ids, _ in pairs], self.config.max_batch_tokens)]
+        passes = [
+            [pairs[i] for i in part]
+            for part in plan_chunks([len(ids) for ids, _ in pairs], self.config.max_batch_tokens)
+        ]
         with torch.no_grad():
             scores = torch.cat([self._scores([part], number, index) for index, part in enumerate(passes)])
         self._refuse_nan(scores, lists)
@@ -153,17 +159,19 @@ class Trainer:
         position = int(torch.isnan(scores.detach()).nonzero()[0])
         for one in lists:
             if position < len(one.documents):
+                document = one.document_ids[position] if one.document_ids else position
                 raise ValueError(
-                    f"The score of query {one.query_id or one.query[:60]!r} with document "
-                    f"{one.document_ids[position] if one.document_ids else position!r} is NaN: the weights have diverged; lower the "
-                    "learning rate."
+                    f"The score of query {one.query_id or one.query[:60]!r} with document {document!r} is NaN: the weights "
+                    "have diverged; lower the learning rate."
                 )
             position -= len(one.documents)
 
     def tokenise(self, lists: Sequence[RankingList]) -> list[list[Pair]]:
         """Each list's pairs as (token ids, token types); every text is tokenised once in the run."""
         ids = self._token_ids
-        texts = [text for text in dict.fromkeys(t for one in lists for t in (one.query, *one.documents)) if text not in ids]
+        texts = [
+            text for text in dict.fromkeys(t for one in lists for t in (one.query, *one.documents)) if text not in ids
+        ]
         if texts:
             ids.update(zip(texts, self.tokenizer.encode(texts, enough=self.tokenizer.max_length), strict=True))
         return [[self.tokenizer.pair(ids[one.query], ids[document]) for document in one.documents] for one in lists]
@@ -172,9 +180,18 @@ class Trainer:
         """Scores of every list's documents without a gradient, each float32 (documents,)."""
         self.model.eval()
         try:
-            return Reranker.from_parts(self.model, self.tokenizer, max_batch_tokens=self.config.max_batch_tokens).score_lists(lists)
+            return Reranker.from_parts(
+                self.model, self.tokenizer, max_batch_tokens=self.config.max_batch_tokens
+            ).score_lists(lists)
         finally:
             self.model.train()
+
+
+def _freeze(model: CrossEncoder, layers: int) -> None:
+    """Stops the embeddings and the first `layers` layers from learning; -1 stops nothing."""
+    frozen = [] if layers < 0 else [model.encoder.embeddings, *model.encoder.layers[:layers]]
+    for module in frozen:
+        module.requires_grad_(False)
 
 
 def _offsets(labels: list[Tensor]) -> Tensor:
