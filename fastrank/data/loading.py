@@ -195,7 +195,7 @@ def _from_runs(
         for query_id, candidates in run.items():
             grades = None if qrels is None else qrels.get(query_id)
             _check_texts(candidates, documents, path, source)
-            labels = _labels(source, query_id, candidates, grades, path)
+            labels = _labels(source, candidates, grades)
             ids = list(candidates.document_ids)
             if source.add_judged:
                 for document_id in _missing_relevant(ids, grades, documents, report):
@@ -232,10 +232,18 @@ def _read_candidates(
     for query_id, query in ranked.items():
         if query_id not in texts:
             raise DataError(f"query {query_id!r} has no text in {source.queries}", path, query.lines[0])
+    ranks_matter = source.targets == "rank" or source.depth is not None or source.sampling == "top"
     kept: dict[str, RankedQuery] = {}
     for query_id, query in ranked.items():
         if query_id not in queries:
             continue
+        if ranks_matter and len(query.ranks) > 1 and min(query.ranks) == max(query.ranks):
+            raise DataError(
+                f"all {len(query.ranks)} documents of query {query_id!r} have rank {query.ranks[0]}, so there is no "
+                f"order to cut or to learn from; number the rank column",
+                path,
+                query.lines[0],
+            )
         cut = _cut(query, source.depth, None if first_stage is None else first_stage.get(query_id, RankedQuery()))
         report.left_out["candidates below the depth"] += len(query.document_ids) - len(cut.document_ids)
         if cut.document_ids:
@@ -283,24 +291,14 @@ def _from_one(query: RankedQuery) -> list[int]:
     return [rank + shift for rank in query.ranks]
 
 
-def _labels(
-    source: DataSource, query_id: str, candidates: RankedQuery, grades: Mapping[str, int] | None, path: str
-) -> list[float]:
+def _labels(source: DataSource, candidates: RankedQuery, grades: Mapping[str, int] | None) -> list[float]:
     if source.targets == "relevance":
         return [float(grades.get(document_id, 0)) for document_id in candidates.document_ids]
     if source.targets == "score":
         return list(candidates.scores)
-    ranks = candidates.ranks
-    if len(ranks) > 1 and min(ranks) == max(ranks):
-        raise DataError(
-            f"all {len(ranks)} documents of query {query_id!r} have the rank {ranks[0]}, which orders nothing; "
-            f"set targets to score",
-            path,
-            candidates.lines[0],
-        )
     # Without a depth of its own a list is as deep as its last rank.
-    depth = max(source.depth or 0, max(ranks))
-    return [float(depth - rank + 1) for rank in ranks]
+    depth = max(source.depth or 0, max(candidates.ranks))
+    return [float(depth - rank + 1) for rank in candidates.ranks]
 
 
 def _check_texts(candidates: RankedQuery, documents: Mapping[str, str], path: str, source: DataSource) -> None:

@@ -97,7 +97,7 @@ def _number(value: object, position: int) -> float:
 
 
 def list_keys(lists: Sequence[RankingList]) -> list[str]:
-    """One name per list, all different: its query id, or its place where it has none; #2, #3 ... where that is taken."""
+    """One name per list, all different: its query id, or its place where it has none; #2, #3 ... added if taken."""
     taken: set[str] = set()
     times: dict[str, int] = {}
     keys: list[str] = []
