@@ -4,6 +4,8 @@ Every tensor is packed: the tokens of all pairs behind one another, cut by offse
 CPU only, since reading them would make a GPU wait.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -117,6 +119,47 @@ def layer_norm(
     return choose("layer_norm", backend, x).layer_norm(x, residual, weight, bias, float(eps))
 
 
+def listwise(
+    name: str,
+    scores: Tensor,
+    labels: Tensor,
+    list_offsets: Tensor,
+    *,
+    options: Mapping[str, object],
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The terms of a listwise loss, summed and counted list by list; the sums are differentiable once in scores.
+
+    name: a loss of fastrank.losses.LOSSES, which is what a user calls. scores, labels: (documents,); labels of any real
+    dtype, higher is better. list_offsets: int32 (lists + 1,). options: all options of the loss, as Loss.fill returns
+    them. Returns the sums (lists,) in the scores' dtype and the counts int64 (lists,). Raises ValueError with the
+    offending shapes.
+    """
+    _require(
+        scores.dim() == 1 and labels.shape == scores.shape,
+        "A listwise loss takes scores and labels of one shape (documents,)",
+        scores=scores,
+        labels=labels,
+        list_offsets=list_offsets,
+    )
+    if not scores.is_floating_point():
+        raise ValueError(f"scores must be floating point numbers, not {scores.dtype}.")
+    if labels.device != scores.device:
+        raise ValueError(f"labels must be on {scores.device}, where the scores are, not on {labels.device}.")
+    _check_offsets("list_offsets", list_offsets, scores, segment="list", row="document")
+    return choose("listwise", backend, scores).listwise(name, scores, labels, list_offsets, options)
+
+
+def listwise_terms(name: str, labels: Tensor, list_offsets: Tensor) -> Tensor:
+    """How many terms listwise() counts in each list, int64 (lists,): they are known from the labels alone.
+
+    name, labels, list_offsets: as in listwise().
+    """
+    _require(labels.dim() == 1, "listwise_terms takes labels (documents,)", labels=labels, list_offsets=list_offsets)
+    _check_offsets("list_offsets", list_offsets, labels, segment="list", row="document")
+    return choose("listwise", "reference", labels).count_terms(name, labels, list_offsets)
+
+
 def _shape(tensor: Tensor) -> str:
     return f"({', '.join(map(str, tensor.shape))}{',' if tensor.dim() == 1 else ''})"
 
@@ -150,22 +193,24 @@ def _require_integers(name: str, tensor: Tensor, beside: Tensor, dtypes: tuple[t
         )
 
 
-def _check_offsets(name: str, offsets: Tensor, rows: Tensor) -> None:
+def _check_offsets(
+    name: str, offsets: Tensor, rows: Tensor, *, segment: str = "pair", row: str = "token"
+) -> None:
     """Offsets begin at 0, never decrease and end at the number of rows: otherwise a kernel would read foreign
     memory."""
     _require_integers(name, offsets, rows, (torch.int32,))
     if offsets.dim() != 1 or not len(offsets):
-        raise ValueError(f"{name} must have the shape (pairs + 1,), not {_shape(offsets)}.")
+        raise ValueError(f"{name} must have the shape ({segment}s + 1,), not {_shape(offsets)}.")
     if offsets.device.type != "cpu":
         return
     values = offsets.numpy()
     if values[0] != 0:
         raise ValueError(f"{name} must begin at 0, not at {values[0]}.")
     if values[-1] != len(rows):
-        raise ValueError(f"{name} must end at the number of tokens, {len(rows)}, not at {values[-1]}.")
+        raise ValueError(f"{name} must end at the number of {row}s, {len(rows)}, not at {values[-1]}.")
     steps = values[1:] < values[:-1]
     if steps.any():
-        pair = int(steps.argmax())
+        first = int(steps.argmax())
         raise ValueError(
-            f"{name} must not decrease, but pair {pair} reaches from {values[pair]} to {values[pair + 1]}."
+            f"{name} must not decrease, but {segment} {first} reaches from {values[first]} to {values[first + 1]}."
         )
