@@ -42,12 +42,12 @@ def test_damaged_gzip_names_file_and_line(tmp_path):
 
 
 def test_missing_empty_and_folder(tmp_path):
-    with pytest.raises(DataError, match="no_such: no such file$"):
+    with pytest.raises(DataError, match=r"no_such: no such file$"):
         list(read_lines(tmp_path / "no_such", "x"))
     with pytest.raises(DataError, match="is a folder; a file was expected"):
         list(read_lines(tmp_path, "x"))
     (tmp_path / "blank").write_text("\n \n")
-    with pytest.raises(DataError, match="blank: the file is empty; expected lines of this and that$"):
+    with pytest.raises(DataError, match=r"blank: the file is empty; expected lines of this and that$"):
         list(read_lines(tmp_path / "blank", "this and that"))
     (tmp_path / "empty.gz").write_bytes(gzip.compress(b""))
     with pytest.raises(DataError, match=r"empty\.gz: the file is empty"):
@@ -59,7 +59,7 @@ def test_standard_input(monkeypatch):
         buffer = io.BytesIO(b'{"query": "q", "documents": ["d"]}\n{"query": "q"}\n')
 
     monkeypatch.setattr("sys.stdin", Stdin)
-    with pytest.raises(DataError, match="^-:2: the key 'documents' is missing; found 'query'$"):
+    with pytest.raises(DataError, match=r"^-:2: the key 'documents' is missing; found 'query'$"):
         read_lists("-")
 
 

@@ -34,10 +34,11 @@ def bm25_run(
     import bm25s
 
     def words(texts: Collection[str]) -> list[list[str]]:
-        return bm25s.tokenize(list(texts), stopwords="en", return_ids=False, allow_empty=False, show_progress=False)
+        return bm25s.tokenize(list(texts), stopwords="en", return_ids=False, show_progress=False)
 
     document_words = words(documents.values())
-    if not any(document_words):
+    vocabulary = {word for text in document_words for word in text}
+    if not vocabulary:
         return {query_id: {} for query_id in queries}
     index = bm25s.BM25(k1=k1, b=b, method="lucene")
     index.index(document_words, show_progress=False)
@@ -47,7 +48,7 @@ def bm25_run(
     position = {document_id: i for i, document_id in enumerate(ids[by_falling_id].tolist())}
     run: dict[str, dict[str, float]] = {}
     for query_id, query_words in zip(queries, words(queries.values()), strict=True):
-        known = [word for word in query_words if word in index.vocab_dict]
+        known = [word for word in query_words if word in vocabulary]
         if not known:
             run[query_id] = {}
             continue

@@ -74,7 +74,9 @@ class DataSource:
                 raise DataError(
                     f"the data source lacks {' and '.join(missing)}; give lists, or queries, documents and run"
                 )
-            if not all(isinstance(run, str | os.PathLike) for run in self.runs):
+            if not isinstance(self.run, str | os.PathLike | Sequence) or not all(
+                isinstance(run, str | os.PathLike) for run in self.runs
+            ):
                 raise DataError(f"run must be a path, several paths or bm25, not {self.run!r}")
         _choice("targets", self.targets, TARGETS)
         _choice("sampling", self.sampling, SAMPLINGS)
