@@ -41,7 +41,7 @@ def _embed(model_folder: str | Path, texts: Sequence[str], max_length: int, max_
     from transformers import AutoModel, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    model = AutoModel.from_pretrained(model_folder, add_pooling_layer=False).eval()
+    model = AutoModel.from_pretrained(model_folder).eval()
     encodings = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
     by_length = sorted(range(len(texts)), key=lambda i: len(encodings[i]))
     vectors = np.zeros((len(texts), model.config.hidden_size), np.float32)
