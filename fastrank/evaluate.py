@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from fastrank.data import DataError, LoadedData, RankingList, read_qrels, read_run
+from fastrank.data import DataError, RankingList, read_qrels, read_run
 from fastrank.data.ranking_list import list_keys
 
 DEFAULT_MEASURES = ("nDCG@10",)
@@ -78,23 +78,6 @@ def evaluate(
         query_id: {name: values.get((str(number), measure), 0.0) for name, measure in parsed.items()}
         for number, query_id in enumerate(judged)
     }
-
-
-def evaluate_data(
-    data: LoadedData, scores: Sequence[Sequence[float]], measures: Iterable[str] = DEFAULT_MEASURES
-) -> dict[str, float]:
-    """Measure scores of loaded data, as a trainer does between steps: {measure: mean over the queries}.
-
-    data: what load_data gave; its lists are those of `data.draw_all()`.
-    scores: per list, one score per document. Lists that came with judgments are measured against all of them, found or
-    not, so the values equal those of `evaluate` on the same run; other lists against their own labels.
-    Raises ValueError as evaluate, run_from_scores and qrels_from_labels do.
-    """
-    lists = data.draw_all()
-    run = run_from_scores(lists, scores, data.keys)
-    labelled = [i for i, key in enumerate(data.keys) if key not in data.qrels]
-    own = qrels_from_labels([lists[i] for i in labelled], [data.keys[i] for i in labelled])
-    return evaluate(run, {**data.qrels, **own}, measures)
 
 
 def run_from_scores(

@@ -3,6 +3,7 @@
 import gzip
 import io
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -55,12 +56,21 @@ def test_missing_empty_and_folder(tmp_path):
 
 
 def test_standard_input(monkeypatch):
-    class Stdin:
-        buffer = io.BytesIO(b'{"query": "q", "documents": ["d"]}\n{"query": "q"}\n')
+    content = b'{"query": "q", "documents": ["d"]}\n{"query": "q"}\n'
+    for data in (content, gzip.compress(content)):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(data))))
+        with pytest.raises(DataError, match=r"^<stdin>:2: the key 'documents' is missing; found 'query'$"):
+            read_lists("-")
 
-    monkeypatch.setattr("sys.stdin", Stdin)
-    with pytest.raises(DataError, match=r"^-:2: the key 'documents' is missing; found 'query'$"):
-        read_lists("-")
+
+def test_pipes_are_read_from_their_first_byte(tmp_path):
+    for data in (b"one\n" * 5000, gzip.compress(b"one\n" * 5000)):
+        os.mkfifo(tmp_path / "pipe")
+        writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(data,))
+        writer.start()
+        assert len(list(read_lines(tmp_path / "pipe", "x"))) == 5000
+        writer.join()
+        (tmp_path / "pipe").unlink()
 
 
 def test_invalid_utf8_names_the_byte():
@@ -92,6 +102,12 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         file.flush()
         raise RuntimeError
     assert path.read_text() == "first\n" and list(path.parent.iterdir()) == [path]
+    # Whoever has the old file open keeps it whole: the new one takes its name, not its bytes.
+    with open(path) as old:
+        with write_aside(path) as file:
+            file.write("third\n")
+        assert old.read() == "first\n" and path.read_text() == "third\n"
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_gzip_output_is_the_same_every_time(tmp_path):
@@ -100,3 +116,5 @@ def test_gzip_output_is_the_same_every_time(tmp_path):
             file.write("text\n")
     assert (tmp_path / "a.gz").read_bytes() == (tmp_path / "b.gz").read_bytes()
     assert gzip.decompress((tmp_path / "a.gz").read_bytes()) == b"text\n"
+    # The header's time is left empty: two writes in one second would be equal all the same.
+    assert (tmp_path / "a.gz").read_bytes()[4:8] == bytes(4)

@@ -18,7 +18,7 @@ from fastrank.data import (
     read_run,
     write_lists,
 )
-from fastrank.evaluate import evaluate, evaluate_data
+from fastrank.evaluate import evaluate, run_from_scores
 
 
 @pytest.fixture
@@ -251,8 +251,9 @@ def test_dl20_lists_measure_as_their_run(real):
     assert len(data) == 54 and all(len(ranking) == 100 for ranking in data.candidates)
     run = read_run(real["dl20"]["run"])
     scores = [[run[r.query_id][d] for d in r.document_ids] for r in data.candidates]
-    assert round(evaluate_data(data, scores)["nDCG@10"], 4) == 0.4796
-    assert evaluate_data(data, scores) == pytest.approx(evaluate(run, read_qrels(real["dl20"]["qrels"])))
+    measured = evaluate(run_from_scores(data.candidates, scores, data.keys), data.qrels)
+    assert round(measured["nDCG@10"], 4) == 0.4796
+    assert measured == pytest.approx(evaluate(run, read_qrels(real["dl20"]["qrels"])))
 
 
 def test_scifact_parts_are_disjoint_and_whole(real):
@@ -264,8 +265,9 @@ def test_scifact_parts_are_disjoint_and_whole(real):
     train, held_out = ({r.query_id for r in part.candidates} for part in parts)
     assert not train & held_out and len(train) + len(held_out) == 809 and 580 < len(train) < 635
     assert all(0 < len(r) <= 100 for part in parts for r in part.candidates)
-    by_rank = evaluate_data(parts[1], [range(len(r), 0, -1) for r in parts[1].candidates])["nDCG@10"]
-    assert 0.6 < by_rank < 0.73
+    held = parts[1]
+    run = run_from_scores(held.candidates, [range(len(r), 0, -1) for r in held.candidates], held.keys)
+    assert 0.6 < evaluate(run, held.qrels)["nDCG@10"] < 0.73
 
 
 def test_teacher_ranks_on_real_runs(real):

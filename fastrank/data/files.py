@@ -55,7 +55,7 @@ def read_lines(path: str | os.PathLike[str], expected: str) -> Iterator[tuple[in
     expected: what a line should hold, for the error of an empty file.
     Raises DataError for a file that is missing, unreadable, damaged or without a single line that is not blank.
     """
-    name = "<stdin>" if path == "-" else os.fspath(path)
+    name = name_of(path)
     number = 0
     empty = True
     try:
@@ -78,6 +78,11 @@ def read_lines(path: str | os.PathLike[str], expected: str) -> Iterator[tuple[in
         raise DataError(f"cannot be read: {error.strerror or error}", name) from None
     if empty:
         raise DataError(f"the file is empty; expected lines of {expected}", name)
+
+
+def name_of(path: str | os.PathLike[str]) -> str:
+    """The path as errors name it."""
+    return "<stdin>" if path == "-" else os.fspath(path)
 
 
 def decode(raw: bytes, path: object, line: int) -> str:
@@ -122,10 +127,12 @@ def write_aside(path: str | os.PathLike[str]) -> Iterator[TextIO]:
         aside.unlink(missing_ok=True)
 
 
-def _open_binary(path: str | os.PathLike[str]) -> contextlib.AbstractContextManager[BinaryIO]:
-    if path == "-":
-        # Nothing to look ahead into without losing it, so standard input is taken as plain text.
-        return contextlib.nullcontext(sys.stdin.buffer)
-    with open(path, "rb") as file:
-        packed = file.read(2) == _GZIP_MAGIC
-    return gzip.open(path, "rb") if packed else open(path, "rb")
+@contextlib.contextmanager
+def _open_binary(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    # Looked into and read through one buffer: a pipe cannot be opened a second time.
+    with contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as file:
+        if file.peek(2)[:2] == _GZIP_MAGIC:
+            with gzip.GzipFile(fileobj=file) as unpacked:
+                yield unpacked
+        else:
+            yield file

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fastrank.data.files import DataError, clean_text, decode, expand_path, read_lines, write_aside
+from fastrank.data.files import DataError, clean_text, decode, expand_path, name_of, read_lines, write_aside
 from fastrank.data.ranking_list import RankingList
 
 Path = str | os.PathLike[str]
@@ -151,9 +151,10 @@ def read_lists(path: Path) -> list[RankingList]:
     Raises DataError for a line of another shape.
     """
     path = path if path == "-" else expand_path(path)
+    name = name_of(path)
     expected = '{"query": ..., "documents": [...], "labels": [...]}'
     return [
-        ranking_list_from(parse_json_object(raw, path, line), path, line) for line, raw in read_lines(path, expected)
+        ranking_list_from(parse_json_object(raw, name, line), name, line) for line, raw in read_lines(path, expected)
     ]
 
 
