@@ -171,6 +171,19 @@ class PairTokenizer:
             ids[i] = self._encode_start(text, enough)
         return ids
 
+    def enough_tokens(self, longest_query: int) -> int | None:
+        """The `enough` with which `encode` leaves every pair as it is, for documents.
+
+        Arguments:
+            longest_query: tokens of the longest query that the documents will meet.
+
+        Returns None where nothing may be left out: beside a query as long as that, the document's whole length decides
+        which of the two keeps the odd token.
+        """
+        if min(longest_query, self.max_query_tokens or longest_query) > self._budget:
+            return None
+        return min(self.max_document_tokens or self._budget, self._budget) + 1
+
     def pair(self, query_ids: np.ndarray, document_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Joins one query and one document, truncated `longest_first` to `max_length`.
 

@@ -103,7 +103,7 @@ def test_truncation_equals_transformers_for_every_pair_of_lengths(folder):
     long = [(rng.randint(0, 700), rng.randint(0, 700)) for _ in range(150)]
     long += [(n, n + step) for n in range(245, 262) for step in (-1, 0, 1)]
     theirs = AutoTokenizer.from_pretrained(folder)
-    # transformers keeps what it cuts off in pieces of max_length, so long texts under short limits would fill the memory.
+    # transformers keeps what it cuts off, in pieces: long texts under short limits would fill the memory.
     for max_length, lengths in ((5, short), (8, short), (9, short), (12, short), (511, long), (512, long)):
         queries = [" ".join(["a"] * n) for n, _ in lengths]
         documents = [" ".join(["x"] * m) for _, m in lengths]

@@ -1,0 +1,429 @@
+"""A query and documents in, a Ranking out: `rerank` for one call, `Reranker` for a model that stays loaded.
+
+The one idea: all pairs of all queries of a call are sorted by length and packed under one token budget, and ranked on
+raw float32 scores; an activation only changes the numbers that are shown, so that no saturated sigmoid makes ties.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from fastrank.checkpoint import load_model, score_activation
+from fastrank.model import CrossEncoder
+from fastrank.packing import Pair, pack_pairs, plan_batches, restore_order
+from fastrank.ranking import RankedDocument, Ranking, describe, document_id, document_text
+from fastrank.tokens import PairTokenizer
+
+if TYPE_CHECKING:
+    from fastrank.data import RankingList
+
+DEFAULT_MODEL = "cross-encoder/ms-marco-MiniLM-L6-v2"
+DEFAULT_MAX_BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
+DTYPES = {
+    "float32": "float32",
+    "fp32": "float32",
+    torch.float32: "float32",
+    "bf16": "bf16",
+    "bfloat16": "bf16",
+    torch.bfloat16: "bf16",
+    "fp16": "fp16",
+    "float16": "fp16",
+    torch.float16: "fp16",
+    "int8": "int8",
+    torch.int8: "int8",
+    "fp8": "fp8",
+    torch.float8_e4m3fn: "fp8",
+}
+AVAILABLE_DTYPES = ("float32", "bf16")
+
+
+class Reranker:
+    """A cross-encoder that scores (query, document) pairs; it may be called from several threads.
+
+    Arguments:
+        model: a local folder, a name on the Hugging Face hub, or "demo" for the checkpoint that the demo trained.
+        device: "cpu", "cuda", "cuda:1" ...; default: a GPU where torch finds one.
+        dtype: "float32" or "bf16" (of the matrix products; everything else is float32); "auto" is float32 on a CPU and
+            bf16 on a GPU.
+        max_length: tokens of a pair, special tokens included; default: what tokenizer and model allow.
+        max_query_tokens, max_document_tokens: cut each side first; default: no such cut.
+        max_batch_tokens: tokens of one forward pass. More need more memory; scores do not depend on it (see below).
+        num_threads: CPU threads of the calls; default: torch's setting.
+        activation: "none" for raw scores, "sigmoid"; default: what the checkpoint's config says, looked up as
+            sentence-transformers does. The raw score of a model with two labels is log_softmax(logits)[1].
+        deterministic: score every pair in a batch of its own. Without it the same call on the same machine with the
+            same number of threads gives the same bits, but a document's score may change in its last digits (see below)
+            with the other documents of the call; with it the score has the same bits whatever else is in the call.
+        revision, token, local_files_only: as in transformers.
+
+    Raises OSError where no checkpoint is found, ValueError for one that cannot be used and for bad options.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype = "auto",
+        max_length: int | None = None,
+        max_query_tokens: int | None = None,
+        max_document_tokens: int | None = None,
+        max_batch_tokens: int | None = None,
+        num_threads: int | None = None,
+        activation: str | None = None,
+        deterministic: bool = False,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+    ):
+        place = _find_device(device)
+        precision = _find_dtype(dtype, place)
+        _check_activation(activation)
+        name = str(demo_folder() if model == "demo" else model)
+        hub = {"revision": revision, "token": token, "local_files_only": local_files_only}
+        loaded = load_model(name, head="required", **hub)
+        limits = {"max_query_tokens": max_query_tokens, "max_document_tokens": max_document_tokens}
+        tokenizer = PairTokenizer.load(name, max_length=max_length, **limits, **hub)
+        if tokenizer.max_length > loaded.max_pair_tokens:
+            if max_length is not None:
+                raise ValueError(f"max_length is {max_length}, but {name} has {loaded.max_pair_tokens} positions.")
+            tokenizer = PairTokenizer.load(name, max_length=loaded.max_pair_tokens, **limits, **hub)
+        self._set_up(
+            loaded.to(place).to_precision(precision),
+            tokenizer,
+            max_batch_tokens=max_batch_tokens,
+            num_threads=num_threads,
+            activation=activation or score_activation(loaded.config),
+            deterministic=deterministic,
+        )
+
+    @classmethod
+    def from_parts(
+        cls,
+        model: CrossEncoder,
+        tokenizer: PairTokenizer,
+        *,
+        max_batch_tokens: int | None = None,
+        num_threads: int | None = None,
+        activation: str = "none",
+        deterministic: bool = False,
+    ) -> Reranker:
+        """A Reranker of a model in memory, used as it is: device, precision and eval mode are the caller's business."""
+        _check_activation(activation)
+        self = cls.__new__(cls)
+        self._set_up(
+            model,
+            tokenizer,
+            max_batch_tokens=max_batch_tokens,
+            num_threads=num_threads,
+            activation=activation,
+            deterministic=deterministic,
+        )
+        return self
+
+    def _set_up(self, model, tokenizer, *, max_batch_tokens, num_threads, activation, deterministic) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.device = next(model.parameters()).device
+        if max_batch_tokens is None:
+            max_batch_tokens = DEFAULT_MAX_BATCH_TOKENS.get(self.device.type, DEFAULT_MAX_BATCH_TOKENS["cpu"])
+        for name, value in (("max_batch_tokens", max_batch_tokens), ("num_threads", num_threads)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1.")
+        self.max_batch_tokens = max_batch_tokens
+        self.num_threads = num_threads
+        self.activation = activation
+        self.deterministic = deterministic
+        self._has_warned = False
+
+    @property
+    def num_truncated(self) -> int:
+        """Pairs scored so far whose query or document was cut to fit; the first one also warns."""
+        return self.tokenizer.num_truncated
+
+    def rank(
+        self,
+        query: str | Sequence[str],
+        documents: Iterable[Any],
+        *,
+        top_k: int | None = None,
+        top_n: int | None = None,
+        activation: str | None = None,
+    ) -> Ranking | list[Ranking]:
+        """Ranks documents for one query, or a list of documents for each of many queries.
+
+        Arguments:
+            query: a str, or a list of them.
+            documents: str, mappings with `text` or `content` (other keys, a title too, are not read), objects with
+                `.text` or `.page_content`; for a list of queries one such list each. No documents: an empty ranking.
+            top_k, top_n: return only so many documents a query; two names for one thing.
+            activation: replaces the Reranker's for this call.
+
+        Returns a Ranking, for a list of queries a list of them. Raises TypeError with the position of what is no text,
+        ValueError for a NaN score.
+        """
+        limit = _find_limit(top_k, top_n)
+        activation = self._choose_activation(activation)
+        if isinstance(query, str):
+            lists = [_as_list(documents, "documents")]
+            return self._rank_lists([query], lists, limit, activation, several=False)[0]
+        queries = _as_list(query, "query")
+        lists = [_as_list(one, f"documents[{i}]") for i, one in enumerate(_as_list(documents, "documents"))]
+        if len(lists) != len(queries):
+            raise ValueError(f"{len(queries)} queries need {len(queries)} lists of documents; {len(lists)} were given.")
+        return self._rank_lists(queries, lists, limit, activation, several=True)
+
+    def predict(self, pairs: Iterable[tuple[str, Any]], *, activation: str | None = None) -> np.ndarray:
+        """Scores (query, document) pairs.
+
+        Arguments:
+            pairs: a query (str) and a document (as in `rank`) each; a pair may come more than once.
+            activation: replaces the Reranker's for this call.
+
+        Returns float32 (pairs,), in order. Raises as `rank` does.
+        """
+        activation = self._choose_activation(activation)
+        queries, documents = [], []
+        for i, pair in enumerate(_as_list(pairs, "pairs")):
+            if isinstance(pair, (str, bytes, Mapping)) or not hasattr(pair, "__len__") or len(pair) != 2:
+                raise TypeError(f"Pair {i} must be a query and a document, not {describe(pair)}.")
+            queries.append(_query_text(pair[0], f"The query of pair {i}"))
+            documents.append([document_text(pair[1], f"The document of pair {i}")])
+        return _activate(self._score(queries, documents, lambda i, _: f"pair {i}"), activation)
+
+    def score_lists(self, lists: Sequence[RankingList]) -> list[np.ndarray]:
+        """Raw scores of the documents of ranking lists, all packed together: float32 (documents,) a list."""
+        raw = self._score(
+            [one.query for one in lists],
+            [list(one.documents) for one in lists],
+            lambda i, j: f"document {j} of list {i}",
+        )
+        return np.split(raw, np.cumsum([len(one.documents) for one in lists])[:-1]) if lists else []
+
+    def _rank_lists(self, queries, lists, limit, activation, *, several) -> list[Ranking]:
+        def name(i: int, j: int) -> str:
+            return f"document {j} of query {i}" if several else f"document {j}"
+
+        texts = [
+            [document_text(document, name(i, j).capitalize()) for j, document in enumerate(documents)]
+            for i, documents in enumerate(lists)
+        ]
+        queries = [_query_text(query, f"Query {i}") for i, query in enumerate(queries)]
+        raw = self._score(queries, texts, name)
+        rankings, start = [], 0
+        for query, documents in zip(queries, lists, strict=True):
+            scores = raw[start : start + len(documents)]
+            start += len(documents)
+            best = np.argsort(-scores, kind="stable")[:limit]
+            shown = _activate(scores[best], activation).tolist()
+            rankings.append(
+                Ranking(
+                    query,
+                    (
+                        RankedDocument(i, score, documents[i], document_id(documents[i]))
+                        for i, score in zip(best.tolist(), shown, strict=True)
+                    ),
+                )
+            )
+        return rankings
+
+    def _score(self, queries: list[str], documents: list[list[str]], name: Callable[[int, int], str]) -> np.ndarray:
+        """Raw scores of every query with its documents, float32, one list after the other."""
+        query_ids = dict(zip(unique := list(dict.fromkeys(queries)), self.tokenizer.encode(unique), strict=True))
+        unique = list(dict.fromkeys(text for texts in documents for text in texts))
+        enough = self.tokenizer.enough_tokens(max(map(len, query_ids.values()), default=0))
+        document_ids = dict(zip(unique, self.tokenizer.encode(unique, enough=enough), strict=True))
+        pairs = [
+            self.tokenizer.pair(query_ids[query], document_ids[text])
+            for query, texts in zip(queries, documents, strict=True)
+            for text in texts
+        ]
+        self._warn_of_truncation()
+        scores = self._score_pairs(pairs)
+        if np.isnan(scores).any():
+            position = int(np.flatnonzero(np.isnan(scores))[0])
+            places = [(i, j) for i, texts in enumerate(documents) for j in range(len(texts))]
+            i, j = places[position]
+            raise ValueError(
+                f"The score of {name(i, j)} is NaN (query {queries[i][:60]!r}, document {documents[i][j][:60]!r}): "
+                "look for NaN or infinite weights in the checkpoint, and try dtype='float32'."
+            )
+        return scores
+
+    def _score_pairs(self, pairs: Sequence[Pair]) -> np.ndarray:
+        # In order of length the largest batch comes first, so that a lack of memory shows at once.
+        plan = plan_batches([len(ids) for ids, _ in pairs], 1 if self.deterministic else self.max_batch_tokens)
+        with torch.inference_mode(), _cpu_threads(self.num_threads):
+            parts = [self.model.score(pack_pairs([pairs[i] for i in batch]).to(self.device)) for batch in plan]
+            return restore_order(plan, [part.cpu().numpy() for part in parts])
+
+    def _warn_of_truncation(self) -> None:
+        if self._has_warned or not self.num_truncated:
+            return
+        self._has_warned = True
+        limits = {
+            "max_length": self.tokenizer.max_length,
+            "max_query_tokens": self.tokenizer.max_query_tokens,
+            "max_document_tokens": self.tokenizer.max_document_tokens,
+        }
+        given = ", ".join(f"{key}={value}" for key, value in limits.items() if value is not None)
+        warnings.warn(
+            f"Some texts are too long and are cut ({given} tokens); Reranker.num_truncated counts the pairs. "
+            "This is said once.",
+            stacklevel=_callers_level(),
+        )
+
+    def _choose_activation(self, activation: str | None) -> str:
+        _check_activation(activation)
+        return activation or self.activation
+
+
+def rerank(
+    query: str | Sequence[str],
+    documents: Iterable[Any],
+    *,
+    model: str | os.PathLike[str] = DEFAULT_MODEL,
+    top_k: int | None = None,
+    top_n: int | None = None,
+    **reranker_options,
+) -> Ranking | list[Ranking]:
+    """Ranks documents for a query, or a list of documents for each of many queries; keeps the last loaded model.
+
+    Arguments:
+        query, documents, top_k, top_n: as in Reranker.rank.
+        model, reranker_options: as in Reranker. The model is loaded again when these change, or its folder does.
+
+    Returns a Ranking, for a list of queries a list of them.
+    """
+    return _keep_loaded(model, reranker_options).rank(query, documents, top_k=top_k, top_n=top_n)
+
+
+def demo_folder() -> Path:
+    """The folder of the checkpoint that the demo trained: the environment variable FASTRANK_DEMO, else runs/demo."""
+    folder = Path(os.environ.get("FASTRANK_DEMO") or "runs/demo")
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"There is no demo checkpoint in {folder}: run `python -m fastrank.train --demo` in this folder, or let "
+            "the environment variable FASTRANK_DEMO name the checkpoint's folder."
+        )
+    return folder
+
+
+_loaded: tuple[object, Reranker] | None = None
+_loading = threading.Lock()
+
+
+def _keep_loaded(model: str | os.PathLike[str], options: dict[str, Any]) -> Reranker:
+    global _loaded
+    folder = demo_folder() if model == "demo" else Path(model)
+    # A folder that was trained again under the same name holds another model.
+    state = sorted((entry.name, entry.stat().st_mtime_ns) for entry in os.scandir(folder)) if folder.is_dir() else None
+    wanted = (str(folder.absolute()) if folder.is_dir() else str(model), state, options)
+    with _loading:
+        if _loaded is None or _loaded[0] != wanted:
+            _loaded = None  # the old model's memory is free before the new one needs any
+            _loaded = (wanted, Reranker(model, **options))
+        return _loaded[1]
+
+
+_threads_lock = threading.Lock()
+_threads_in_use = 0
+_threads_before = 0
+
+
+@contextlib.contextmanager
+def _cpu_threads(count: int | None) -> Iterator[None]:
+    """Lets torch use `count` CPU threads inside the block; None changes nothing."""
+    global _threads_in_use, _threads_before
+    if count is None:
+        yield
+        return
+    # Torch keeps the number per thread, but a new thread begins with the number that was set last in any other. So the
+    # number to go back to is the one from before the first of the blocks that overlap.
+    with _threads_lock:
+        if _threads_in_use == 0:
+            _threads_before = torch.get_num_threads()
+        _threads_in_use += 1
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        with _threads_lock:
+            _threads_in_use -= 1
+            torch.set_num_threads(_threads_before)
+
+
+def _callers_level() -> int:
+    """The stacklevel with which the caller of this function warns at the line that called into fastrank."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("fastrank."):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def _query_text(query: Any, where: str) -> str:
+    if not isinstance(query, str):
+        raise TypeError(f"{where} must be a str, not {describe(query)}.")
+    return query
+
+
+def _as_list(values: Any, name: str) -> list:
+    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be a list, not {describe(values)}.")
+    return list(values)
+
+
+def _find_limit(top_k: int | None, top_n: int | None) -> int | None:
+    if top_k is not None and top_n is not None and top_k != top_n:
+        raise ValueError(f"top_k ({top_k}) and top_n ({top_n}) are two names for one thing; give one of them.")
+    limit = top_k if top_k is not None else top_n
+    if limit is None:
+        return None
+    if operator.index(limit) < 0:
+        raise ValueError(f"top_k is {limit}; it cannot be negative.")
+    return operator.index(limit)
+
+
+def _find_device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device {device!r} is unknown; give 'cpu' or 'cuda'.") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {device!r}, but torch finds no GPU here; give device='cpu'.")
+    if found.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {device!r} is not supported; give 'cpu' or 'cuda'.")
+    return found
+
+
+def _find_dtype(dtype: str | torch.dtype, device: torch.device) -> str:
+    if isinstance(dtype, str) and dtype == "auto":
+        return "bf16" if device.type == "cuda" else "float32"
+    name = DTYPES.get(dtype)
+    if name is None:
+        raise ValueError(f"dtype {dtype!r} is unknown; available are auto, {', '.join(AVAILABLE_DTYPES)}.")
+    if name not in AVAILABLE_DTYPES:
+        raise ValueError(f"dtype {name} is not available yet; available are auto, {', '.join(AVAILABLE_DTYPES)}.")
+    return name
+
+
+def _check_activation(activation: str | None) -> None:
+    if activation not in (None, "none", "sigmoid"):
+        raise ValueError(f"activation {activation!r} is unknown; give 'none', 'sigmoid', or None for the checkpoint's.")
+
+
+def _activate(scores: np.ndarray, activation: str) -> np.ndarray:
+    return torch.from_numpy(scores).sigmoid().numpy() if activation == "sigmoid" else scores
