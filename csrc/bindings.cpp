@@ -5,6 +5,8 @@
 #include <pybind11/stl.h>
 
 #include <cstdlib>
+#include <cstring>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -32,20 +34,72 @@ std::vector<const fastrank::Kernels*> supported() {  // the fastest first
   return tables;
 }
 
+// FASTRANK_CPU_ISA is read at every call, so that one process can compare instruction sets.
 const fastrank::Kernels& kernels() {
-  static const fastrank::Kernels* const chosen = [] {
-    const auto tables = supported();
-    const char* wanted = std::getenv("FASTRANK_CPU_ISA");
-    if (wanted == nullptr || *wanted == '\0') return tables.front();
-    std::string names;
-    for (const auto* table : tables) {
-      if (std::string(wanted) == table->isa) return table;
-      names += (names.empty() ? "" : ", ") + std::string(table->isa);
-    }
-    throw std::runtime_error("FASTRANK_CPU_ISA=" + std::string(wanted) + " cannot run on this processor, which offers " + names +
-                             ".");
-  }();
-  return *chosen;
+  static const auto tables = supported();
+  const char* wanted = std::getenv("FASTRANK_CPU_ISA");
+  if (wanted == nullptr || *wanted == '\0') return *tables.front();
+  std::string names;
+  for (const auto* table : tables) {
+    if (std::strcmp(wanted, table->isa) == 0) return *table;
+    names += (names.empty() ? "" : ", ") + std::string(table->isa);
+  }
+  throw std::runtime_error("FASTRANK_CPU_ISA=" + std::string(wanted) + " cannot run on this processor, which offers " + names +
+                           ".");
+}
+
+// A matrix (rows, heads, head_dim) that may be strided in all but the last dimension.
+using HeadsArray = py::array_t<float, 0>;
+using MaybeHeads = std::optional<HeadsArray>;
+using MaybeFloats = std::optional<Array<float>>;
+
+void check_heads(const HeadsArray& array) {
+  if (array.ndim() != 3 || (array.shape(2) > 1 && array.strides(2) != sizeof(float)))
+    throw std::invalid_argument("expected an array (rows, heads, head_dim) whose last dimension is contiguous");
+}
+fastrank::ConstHeads heads_in(const HeadsArray& array) {
+  check_heads(array);
+  return {array.data(), int64_t(array.strides(0) / sizeof(float)), int64_t(array.strides(1) / sizeof(float))};
+}
+fastrank::Heads heads_out(MaybeHeads& array) {
+  if (!array) return {nullptr, 0, 0};
+  check_heads(*array);
+  return {array->mutable_data(), int64_t(array->strides(0) / sizeof(float)), int64_t(array->strides(1) / sizeof(float))};
+}
+const float* read(const MaybeFloats& array) { return array ? array->data() : nullptr; }
+float* write(MaybeFloats& array) { return array ? array->mutable_data() : nullptr; }
+
+fastrank::AttentionShape attention_shape(const HeadsArray& q, const std::vector<Array<int32_t>>& segments, float scale,
+                                         int num_threads) {
+  if (segments.size() != 4) throw std::invalid_argument("expected the begins and ends of queries and of keys");
+  return {segments[0].size(), q.shape(1), q.shape(2), q.shape(0), {segments[0].data(), segments[1].data()},
+          {segments[2].data(), segments[3].data()}, scale, num_threads};
+}
+
+fastrank::RankDiscount rank_discount(const std::string& name) {
+  if (name == "log2") return fastrank::RankDiscount::LOG2;
+  if (name == "reciprocal") return fastrank::RankDiscount::RECIPROCAL;
+  if (name == "none") return fastrank::RankDiscount::NONE;
+  throw std::invalid_argument("discount must be log2, reciprocal or none, not " + name);
+}
+
+void define_listwise(py::module_& m, const char* name, fastrank::ListwiseKernel* fastrank::Kernels::*member) {
+  m.def(
+      name,
+      [member](const Array<float>& scores, const Array<double>& labels, const Array<int32_t>& offsets, Array<float> sums,
+               Array<int64_t> terms, Array<float> gradients, int num_threads, double temperature, const std::string& discount,
+               const std::string& ties) {
+        const fastrank::ListwiseBatch batch{scores.data(),       labels.data(),        offsets.data(),           offsets.size() - 1,
+                                            sums.mutable_data(), terms.mutable_data(), gradients.mutable_data()};
+        const fastrank::ListwiseOptions options{temperature, rank_discount(discount), ties == "average"};
+        auto* const kernel = kernels().*member;
+        py::gil_scoped_release released;
+        kernel(batch, options, num_threads);
+      },
+      "Writes each list's sum and number of terms, and the gradients of the sums. A loss reads the options that it has.",
+      py::arg("scores").noconvert(), py::arg("labels").noconvert(), py::arg("offsets").noconvert(), py::arg("sums").noconvert(),
+      py::arg("terms").noconvert(), py::arg("gradients").noconvert(), py::arg("num_threads"), py::arg("temperature"),
+      py::arg("discount") = "none", py::arg("ties") = "average");
 }
 
 }  // namespace
@@ -61,4 +115,76 @@ PYBIND11_MODULE(_cpu, m) {
         return names;
       },
       "Every instruction set that this build and this processor offer, the fastest first.");
+
+  m.def(
+      "attention_forward",
+      [](const HeadsArray& q, const HeadsArray& k, const HeadsArray& v, const std::vector<Array<int32_t>>& segments, float scale,
+         MaybeHeads out, MaybeFloats maxima, MaybeFloats inverse_sums, int num_threads) {
+        const fastrank::AttentionForward arguments{attention_shape(q, segments, scale, num_threads), heads_in(q), heads_in(k),
+                                                   heads_in(v), heads_out(out), {write(maxima), write(inverse_sums)}};
+        const auto kernel = kernels().attention_forward;
+        py::gil_scoped_release released;
+        kernel(arguments);
+      },
+      "segments: begins and ends of each pair's queries, then of its keys. Writes out and, where given, the statistics.",
+      py::arg("q").noconvert(), py::arg("k").noconvert(), py::arg("v").noconvert(), py::arg("segments").noconvert(),
+      py::arg("scale"), py::arg("out").noconvert(), py::arg("maxima").noconvert(), py::arg("inverse_sums").noconvert(),
+      py::arg("num_threads"));
+  m.def(
+      "attention_backward",
+      [](const HeadsArray& q, const HeadsArray& k, const HeadsArray& v, const std::vector<Array<int32_t>>& segments, float scale,
+         const HeadsArray& dout, Array<float> maxima, Array<float> inverse_sums, MaybeHeads dq, MaybeHeads dk, MaybeHeads dv,
+         int num_threads) {
+        const fastrank::AttentionBackward arguments{attention_shape(q, segments, scale, num_threads),
+                                                    heads_in(q),
+                                                    heads_in(k),
+                                                    heads_in(v),
+                                                    heads_in(dout),
+                                                    {maxima.mutable_data(), inverse_sums.mutable_data()},
+                                                    heads_out(dq),
+                                                    heads_out(dk),
+                                                    heads_out(dv)};
+        const auto kernel = kernels().attention_backward;
+        py::gil_scoped_release released;
+        kernel(arguments);
+      },
+      "Writes those of dq, dk, dv that are given.", py::arg("q").noconvert(), py::arg("k").noconvert(), py::arg("v").noconvert(),
+      py::arg("segments").noconvert(), py::arg("scale"), py::arg("dout").noconvert(), py::arg("maxima").noconvert(),
+      py::arg("inverse_sums").noconvert(), py::arg("dq").noconvert(), py::arg("dk").noconvert(), py::arg("dv").noconvert(),
+      py::arg("num_threads"));
+  m.def(
+      "layer_norm_forward",
+      [](const Array<float>& x, const MaybeFloats& residual, const Array<float>& weight, const Array<float>& bias, float eps,
+         Array<float> out, MaybeFloats means, MaybeFloats inverse_deviations, int num_threads) {
+        const fastrank::LayerNormForward arguments{x.shape(0),     x.shape(1),  x.data(), read(residual),
+                                                   weight.data(),  bias.data(), eps,      out.mutable_data(),
+                                                   write(means),   write(inverse_deviations), num_threads};
+        const auto kernel = kernels().layer_norm_forward;
+        py::gil_scoped_release released;
+        kernel(arguments);
+      },
+      "Writes out and, where given, the statistics of each row.", py::arg("x").noconvert(), py::arg("residual").noconvert(),
+      py::arg("weight").noconvert(), py::arg("bias").noconvert(), py::arg("eps"), py::arg("out").noconvert(),
+      py::arg("means").noconvert(), py::arg("inverse_deviations").noconvert(), py::arg("num_threads"));
+  m.def(
+      "layer_norm_backward",
+      [](const Array<float>& dout, const Array<float>& x, const MaybeFloats& residual, const Array<float>& weight,
+         const Array<float>& means, const Array<float>& inverse_deviations, Array<float> dx, MaybeFloats dweight,
+         MaybeFloats dbias, int num_threads) {
+        const fastrank::LayerNormBackward arguments{x.shape(0),    x.shape(1),   dout.data(),
+                                                    x.data(),      read(residual), weight.data(),
+                                                    means.data(),  inverse_deviations.data(), dx.mutable_data(),
+                                                    write(dweight), write(dbias), num_threads};
+        const auto kernel = kernels().layer_norm_backward;
+        py::gil_scoped_release released;
+        kernel(arguments);
+      },
+      "Writes dx and, where given (both or neither), dweight and dbias.", py::arg("dout").noconvert(),
+      py::arg("x").noconvert(), py::arg("residual").noconvert(), py::arg("weight").noconvert(), py::arg("means").noconvert(),
+      py::arg("inverse_deviations").noconvert(), py::arg("dx").noconvert(), py::arg("dweight").noconvert(),
+      py::arg("dbias").noconvert(), py::arg("num_threads"));
+
+  define_listwise(m, "ranknet", &fastrank::Kernels::ranknet);
+  define_listwise(m, "lce", &fastrank::Kernels::lce);
+  define_listwise(m, "adr_mse", &fastrank::Kernels::adr_mse);
 }

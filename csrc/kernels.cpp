@@ -7,6 +7,13 @@ namespace fastrank::FASTRANK_ISA {
 
 extern const Kernels kernels = {
     FASTRANK_NAME(FASTRANK_ISA),
+    attention_forward,
+    attention_backward,
+    layer_norm_forward,
+    layer_norm_backward,
+    ranknet,
+    lce,
+    adr_mse,
 };
 
 }  // namespace fastrank::FASTRANK_ISA

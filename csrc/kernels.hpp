@@ -2,10 +2,19 @@
 // member, and a line in kernels.cpp.
 #pragma once
 
+#include "attention.hpp"
+#include "layer_norm.hpp"
+#include "listwise.hpp"
+
 namespace fastrank {
 
 struct Kernels {
   const char* isa;
+  void (*attention_forward)(const AttentionForward&);
+  void (*attention_backward)(const AttentionBackward&);
+  void (*layer_norm_forward)(const LayerNormForward&);
+  void (*layer_norm_backward)(const LayerNormBackward&);
+  ListwiseKernel *ranknet, *lce, *adr_mse;
 };
 
 namespace plain { extern const Kernels kernels; }

@@ -1,0 +1,135 @@
+// One pass over memory each way: a row is summed, centred and scaled while it lies in the first cache. The backward adds x and the
+// residual again rather than reading a saved sum: that saves the forward a store. Rows are cut into chunks by their number alone,
+// so that the sums over rows come out the same whatever the number of threads.
+#include "layer_norm.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "simd.hpp"
+#include "threads.hpp"
+
+namespace fastrank::FASTRANK_ISA {
+namespace {
+
+constexpr int64_t CHUNK_ROWS = 16;       // at least; what one task works on
+constexpr int64_t MOST_CHUNKS = 256;     // of a backward, so that the partial sums stay small
+constexpr int64_t SERIAL_FLOATS = 1 << 15;  // fewer than this stay on the calling thread
+
+inline vfloat load_some(const float* p, int64_t count, float fill = 0.f) {
+  return count >= LANES ? load(p) : load_partial(p, count, fill);
+}
+inline void store_some(float* p, vfloat x, int64_t count) {
+  if (count >= LANES)
+    store(p, x);
+  else
+    store_partial(p, x, count);
+}
+
+// Calls body(offset, floats from there on, which of four sums) for every vector of a row: four sums keep the adders busy.
+template <class Body>
+inline __attribute__((always_inline)) void for_row(int64_t hidden, const Body& body) {
+  int64_t i = 0;
+  for (; i + 4 * LANES <= hidden; i += 4 * LANES)
+    for (int lane = 0; lane < 4; ++lane) body(i + lane * LANES, int64_t(LANES), lane);
+  for (; i < hidden; i += LANES) body(i, hidden - i, 0);
+}
+
+inline float total(const vfloat (&sums)[4]) { return sum((sums[0] + sums[1]) + (sums[2] + sums[3])); }
+
+void forward_row(const LayerNormForward& arguments, int64_t row) {
+  const int64_t hidden = arguments.hidden, begin = row * hidden;
+  const float *const x = arguments.x + begin, *const residual = arguments.residual;
+  float* const out = arguments.out + begin;
+
+  vfloat sums[4] = {};
+  for_row(hidden, [&](int64_t i, int64_t count, int lane) __attribute__((always_inline)) {
+    vfloat value = load_some(x + i, count);
+    if (residual != nullptr) value += load_some(residual + begin + i, count);
+    store_some(out + i, value, count);
+    sums[lane] += value;
+  });
+  const float mean = total(sums) / hidden;
+
+  vfloat squares[4] = {};
+  for_row(hidden, [&](int64_t i, int64_t count, int lane) __attribute__((always_inline)) {
+    const vfloat centred = load_some(out + i, count, mean) - mean;
+    squares[lane] += centred * centred;
+  });
+  const float inverse_deviation = 1.f / std::sqrt(total(squares) / hidden + arguments.eps);
+
+  for_row(hidden, [&](int64_t i, int64_t count, int) __attribute__((always_inline)) {
+    const vfloat normal = (load_some(out + i, count) - mean) * inverse_deviation;
+    store_some(out + i, normal * load_some(arguments.weight + i, count) + load_some(arguments.bias + i, count), count);
+  });
+  if (arguments.means != nullptr) {
+    arguments.means[row] = mean;
+    arguments.inverse_deviations[row] = inverse_deviation;
+  }
+}
+
+// dx = (g - mean(g) - n * mean(g * n)) / deviation, where n is the normalised row and g = dout * weight.
+void backward_row(const LayerNormBackward& arguments, int64_t row, float* normal, float* dweight, float* dbias) {
+  const int64_t hidden = arguments.hidden, begin = row * hidden;
+  const float *const x = arguments.x + begin, *const dout = arguments.dout + begin, *const residual = arguments.residual;
+  const float mean = arguments.means[row], inverse_deviation = arguments.inverse_deviations[row];
+  float* const dx = arguments.dx + begin;
+
+  vfloat gradients[4] = {}, projections[4] = {};
+  for_row(hidden, [&](int64_t i, int64_t count, int lane) __attribute__((always_inline)) {
+    vfloat value = load_some(x + i, count);
+    if (residual != nullptr) value += load_some(residual + begin + i, count);
+    const vfloat n = (value - mean) * inverse_deviation, upstream = load_some(dout + i, count);
+    const vfloat g = upstream * load_some(arguments.weight + i, count);
+    store_some(normal + i, n, count);
+    store_some(dx + i, g, count);
+    gradients[lane] += g;
+    projections[lane] += g * n;
+    if (dweight != nullptr) {
+      store_some(dweight + i, load_some(dweight + i, count) + upstream * n, count);
+      store_some(dbias + i, load_some(dbias + i, count) + upstream, count);
+    }
+  });
+  const float mean_gradient = total(gradients) / hidden, mean_projection = total(projections) / hidden;
+  for_row(hidden, [&](int64_t i, int64_t count, int) __attribute__((always_inline)) {
+    store_some(dx + i, (load_some(dx + i, count) - mean_gradient - load_some(normal + i, count) * mean_projection) * inverse_deviation, count);
+  });
+}
+
+}  // namespace
+
+void layer_norm_forward(const LayerNormForward& arguments) {
+  const int num_threads = arguments.rows * arguments.hidden < SERIAL_FLOATS ? 1 : arguments.num_threads;
+  parallel_for((arguments.rows + CHUNK_ROWS - 1) / CHUNK_ROWS, num_threads, [&](int64_t chunk) {
+    const int64_t end = std::min(arguments.rows, (chunk + 1) * CHUNK_ROWS);
+    for (int64_t row = chunk * CHUNK_ROWS; row < end; ++row) forward_row(arguments, row);
+  });
+}
+
+void layer_norm_backward(const LayerNormBackward& arguments) {
+  const int64_t rows = arguments.rows, hidden = arguments.hidden;
+  const int num_threads = rows * hidden < SERIAL_FLOATS ? 1 : arguments.num_threads;
+  const int64_t chunk_rows = std::max(CHUNK_ROWS, (rows + MOST_CHUNKS - 1) / MOST_CHUNKS);
+  const int64_t chunks = (rows + chunk_rows - 1) / chunk_rows;
+  const bool sums_wanted = arguments.dweight != nullptr;
+  std::vector<float> memory(chunks * hidden * 3);  // dweight, dbias and the normalised row of each chunk
+  parallel_for(chunks, num_threads, [&](int64_t chunk) {
+    float* const own = memory.data() + chunk * hidden * 3;
+    const int64_t end = std::min(rows, (chunk + 1) * chunk_rows);
+    for (int64_t row = chunk * chunk_rows; row < end; ++row)
+      backward_row(arguments, row, own + 2 * hidden, sums_wanted ? own : nullptr, own + hidden);
+  });
+  if (!sums_wanted) return;
+  std::fill_n(arguments.dweight, hidden, 0.f);
+  std::fill_n(arguments.dbias, hidden, 0.f);
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const float* const own = memory.data() + chunk * hidden * 3;
+    for (int64_t i = 0; i < hidden; ++i) {
+      arguments.dweight[i] += own[i];
+      arguments.dbias[i] += own[hidden + i];
+    }
+  }
+}
+
+}  // namespace fastrank::FASTRANK_ISA
