@@ -53,6 +53,9 @@ def test_ties_go_to_the_later_id_at_every_depth():
     documents = {name: "same words here" for name in ["9", "a", "10", "b", "Z"]} | {"m": "words words words"}
     whole = bm25_run({"q": "words"}, documents, 100)["q"]
     assert list(whole) == ["m", "b", "a", "Z", "9", "10"] == [name for name, _ in by_score(whole)]
+    many = {f"{i * 37 % 1009:04}": "words " + "other " * (i % 4) for i in range(1000)}
+    ranked = bm25_run({"q": "words"}, many, 800)["q"]
+    assert list(ranked) == [name for name, _ in by_score(ranked)] and len(set(ranked.values())) == 4
     for depth in range(1, 7):
         assert list(bm25_run({"q": "words"}, documents, depth)["q"]) == list(whole)[:depth]
 

@@ -115,7 +115,13 @@ def test_documents_join_title_and_text(tmp_path):
     ]
     path = _write(tmp_path / "d.jsonl.gz", "\n".join(map(json.dumps, rows)))
     assert read_documents(path) == {"1": "T t", "2": "t", "3": "t", "4": "T", "5": "c"}
-    assert read_documents(_write(tmp_path / "c.tsv", '1\t{"a": 1}\n2\t\n')) == {"1": '{"a": 1}', "2": ""}
+    for name in ("c.tsv", "c.tsv.gz"):
+        assert read_documents(_write(tmp_path / name, '{1}\t{"a": 1}\n2\t\n')) == {"{1}": '{"a": 1}', "2": ""}
+
+
+def test_escaped_lone_surrogates_in_lists(tmp_path):
+    line = r'{"query": "\ud800\ud83d\ude00", "documents": ["a\udfff", "\u0000"], "query_id": "\udc00"}'
+    assert read_lists(_write(tmp_path / "l", line)) == [RankingList("\ufffd😀", ["a\ufffd", "\0"], None, "\ufffd")]
 
 
 def test_lists_of_strings_and_of_objects(tmp_path):

@@ -132,6 +132,8 @@ def test_single_relevant_counts_what_it_skips(files):
     again = load_data({**files, "sampling": "single_relevant", "sample_size": 2}, seed=3)
     assert [again.draw(0, epoch=epoch) for epoch in range(60)] == draws
     assert load_lists({**files, "sampling": "single_relevant", "sample_size": 2}, seed=3) == [draws[0]]
+    other = load_data({**files, "sampling": "single_relevant", "sample_size": 2}, seed=4)
+    assert [other.draw(0, epoch=epoch) for epoch in range(60)] != draws
 
 
 def test_lists_files_rows_and_mixtures(files, tmp_path):

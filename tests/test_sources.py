@@ -5,6 +5,7 @@ import itertools
 import pytest
 
 from fastrank.data import DataError, DataSource
+from fastrank.data.sampling import query_share
 
 RUN = {"queries": "q", "documents": "d", "run": "r", "qrels": "j"}
 
@@ -86,3 +87,9 @@ def test_parts_cover_every_query_once():
         for part, (a, b) in zip(parts, itertools.pairwise(cuts), strict=True):
             assert abs(len(part) - 3000 * (b - a)) < 120
     assert all(DataSource(lists="a").has_query(name) for name in names)
+    halves = [DataSource(lists="a", queries_part=[0, 0.5], split_seed=split_seed) for split_seed in (0, 7)]
+    assert 1300 < sum(halves[0].has_query(name) != halves[1].has_query(name) for name in names) < 1700
+    # A query that lies on a cut belongs to the part that begins there.
+    share = query_share("q", 0)
+    assert DataSource(lists="a", queries_part=[share, 1]).has_query("q")
+    assert not DataSource(lists="a", queries_part=[0, share]).has_query("q")
