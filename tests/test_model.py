@@ -171,6 +171,21 @@ def test_dropout(tmp_path, kind):
     assert torch.equal(without.train()(batch), without.eval()(batch))
 
 
+def test_dropout_acts_where_transformers_drops(tmp_path, kind, monkeypatch):
+    """Attention weights aside: there only the share 0 would be the same."""
+    theirs = make_checkpoint(tmp_path, kind, hidden_dropout_prob=0.1, classifier_dropout=0.3).train()
+    pairs = random_pairs(theirs, LENGTHS)
+    expected, actual = [], []
+    for module in theirs.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.register_forward_hook(lambda module, *_: expected.append(module.p))
+    padded_logits(theirs, pairs)
+    dropout = torch.nn.functional.dropout
+    monkeypatch.setattr(torch.nn.functional, "dropout", lambda x, p, on: actual.append(p * on) or dropout(x, p, on))
+    load_model(tmp_path).train()(pack_pairs(pairs))
+    assert actual == expected and len(expected) > 7
+
+
 def test_precision(tmp_path, kind):
     """bf16 may be at most twice as wrong as transformers under autocast; weights stay in float32."""
     theirs = make_checkpoint(tmp_path, kind)
