@@ -153,6 +153,30 @@ PYBIND11_MODULE(_cpu, m) {
       py::arg("inverse_sums").noconvert(), py::arg("dq").noconvert(), py::arg("dk").noconvert(), py::arg("dv").noconvert(),
       py::arg("num_threads"));
   m.def(
+      "gelu_forward",
+      [](const Array<float>& x, const Array<float>& bias, bool tanh_form, Array<float> out, int num_threads) {
+        const fastrank::GeluForward arguments{x.data(),   bias.data(), out.mutable_data(), x.shape(0),
+                                              x.shape(1), tanh_form,   num_threads};
+        const auto kernel = kernels().gelu_forward;
+        py::gil_scoped_release released;
+        kernel(arguments);
+      },
+      "Writes out = GELU(x + bias).", py::arg("x").noconvert(), py::arg("bias").noconvert(), py::arg("tanh_form"),
+      py::arg("out").noconvert(), py::arg("num_threads"));
+  m.def(
+      "gelu_backward",
+      [](const Array<float>& x, const Array<float>& bias, bool tanh_form, const Array<float>& dout, Array<float> dx,
+         MaybeFloats dbias, int num_threads) {
+        const fastrank::GeluBackward arguments{x.data(),     bias.data(), dout.data(), dx.mutable_data(),
+                                               write(dbias), x.shape(0),  x.shape(1),  tanh_form,
+                                               num_threads};
+        const auto kernel = kernels().gelu_backward;
+        py::gil_scoped_release released;
+        kernel(arguments);
+      },
+      "Writes dx and, where given, dbias.", py::arg("x").noconvert(), py::arg("bias").noconvert(), py::arg("tanh_form"),
+      py::arg("dout").noconvert(), py::arg("dx").noconvert(), py::arg("dbias").noconvert(), py::arg("num_threads"));
+  m.def(
       "layer_norm_forward",
       [](const Array<float>& x, const MaybeFloats& residual, const Array<float>& weight, const Array<float>& bias, float eps,
          Array<float> out, MaybeFloats means, MaybeFloats inverse_deviations, int num_threads) {

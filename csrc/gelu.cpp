@@ -52,9 +52,11 @@ inline ValueAndSlope gelu_tanh(vfloat x) {
   // Past |x| = 10 the sigmoid is 0 or 1 in float32; clamping keeps x^3 finite.
   const vfloat near = min(max(x, splat(-10.f)), splat(10.f));
   const vfloat square = near * near;
-  const vfloat sigmoid = 1.f / (1.f + exp(-SCALE * near * (1.f + 0.044715f * square)));
+  const vfloat e = exp(-SCALE * near * (1.f + 0.044715f * square));
+  const vfloat sigmoid = 1.f / (1.f + e);
+  const vfloat complement = e * sigmoid;  // 1 - sigmoid would cancel
   const vfloat value = select(x < splat(-10.f), splat(0.f), x * sigmoid);
-  const vfloat slope = sigmoid + near * sigmoid * (1.f - sigmoid) * (SCALE * (1.f + 3.f * 0.044715f * square));
+  const vfloat slope = sigmoid + near * sigmoid * complement * (SCALE * (1.f + 3.f * 0.044715f * square));
   return {select(x == x, value, x), select(x == x, slope, x)};
 }
 

@@ -9,6 +9,8 @@ extern const Kernels kernels = {
     FASTRANK_NAME(FASTRANK_ISA),
     attention_forward,
     attention_backward,
+    gelu_forward,
+    gelu_backward,
     layer_norm_forward,
     layer_norm_backward,
     ranknet,

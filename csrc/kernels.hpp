@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention.hpp"
+#include "gelu.hpp"
 #include "layer_norm.hpp"
 #include "listwise.hpp"
 
@@ -12,6 +13,8 @@ struct Kernels {
   const char* isa;
   void (*attention_forward)(const AttentionForward&);
   void (*attention_backward)(const AttentionBackward&);
+  void (*gelu_forward)(const GeluForward&);
+  void (*gelu_backward)(const GeluBackward&);
   void (*layer_norm_forward)(const LayerNormForward&);
   void (*layer_norm_backward)(const LayerNormBackward&);
   ListwiseKernel *ranknet, *lce, *adr_mse;

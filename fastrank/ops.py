@@ -101,6 +101,19 @@ def padded_attention(
     return choose("attention", backend, q).padded_attention(q, k, v, lengths, scale)
 
 
+def bias_gelu(x: Tensor, bias: Tensor, *, tanh_form: bool = False, backend: str = "auto") -> Tensor:
+    """GELU(x + bias), what follows a feed-forward network's first matrix product; differentiable once in both.
+
+    x: (tokens, columns). bias: (columns,), of x's dtype. tanh_form: the tanh approximation instead of the exact erf form.
+    Returns (tokens, columns). Raises ValueError with the offending shapes.
+    """
+    _require(
+        x.dim() == 2 and bias.shape == x.shape[1:], "bias_gelu takes x (tokens, columns) and bias (columns,)", x=x, bias=bias
+    )
+    _require_alike(x=x, bias=bias)
+    return choose("gelu", backend, x).bias_gelu(x, bias, tanh_form)
+
+
 def layer_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, *, backend: str = "auto"
 ) -> Tensor:

@@ -84,7 +84,7 @@ class Layer(nn.Module):
             qkv = self.qkv(x).unflatten(1, (3, *self.heads))
             attended = ops.fused_attention(qkv, offsets)
         x = self.attention_norm(self._drop(self.attention_output(attended.flatten(1))), x)
-        return self.norm(self._drop(self.down(self.activation(self.up(x)))), x)
+        return self.norm(self._drop(self.down(self.activation(self.up.multiply(x), self.up.bias))), x)
 
     def _attend_from_first_tokens(self, x: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
         k, v = self.key_value(x).unflatten(1, (2, *self.heads)).unbind(1)

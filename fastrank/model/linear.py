@@ -31,6 +31,12 @@ class Linear(nn.Linear):
         weight, bias = self._cast_weights()
         return F.linear(x.to(self.precision), weight, bias).to(x.dtype)
 
+    def multiply(self, x: Tensor) -> Tensor:
+        """x W^T alone, for an operation that adds the bias itself."""
+        if self.precision == x.dtype:
+            return F.linear(x, self.weight)
+        return F.linear(x.to(self.precision), self._cast_weights()[0]).to(x.dtype)
+
     def _cast_weights(self) -> tuple[Tensor, Tensor]:
         if torch.is_grad_enabled() and self.weight.requires_grad:
             return self.weight.to(self.precision), self.bias.to(self.precision)

@@ -8,16 +8,19 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch.nn import functional as F
+import torch
 
-# erf and tanh GELU differ by up to 5e-4, which moves scores: the form is the checkpoint's, never ours to choose.
-TANH_GELU = partial(F.gelu, approximate="tanh")
+from fastrank import ops
+
+# activation(x, bias) of a matrix product's output and bias. erf and tanh GELU differ by up to 5e-4, which moves scores: the
+# form is the checkpoint's, never ours to choose.
+TANH_GELU = partial(ops.bias_gelu, tanh_form=True)
 ACTIVATIONS = {
-    "gelu": F.gelu,
+    "gelu": ops.bias_gelu,
     "gelu_new": TANH_GELU,
     "gelu_pytorch_tanh": TANH_GELU,
     "gelu_fast": TANH_GELU,
-    "relu": F.relu,
+    "relu": lambda x, bias: torch.relu(x + bias),
 }
 
 DEFAULTS = {

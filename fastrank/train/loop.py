@@ -91,8 +91,8 @@ def _run(
             record["learning_rate"] = config.learning_rate * factor
             if not math.isfinite(record["loss"]):
                 raise ValueError(
-                    f"The loss is {record['loss']} in the steps up to {progress.step}: lower the learning rate, or look "
-                    "for labels that are not finite."
+                    f"The loss is {record['loss']} in the steps up to {progress.step}: lower the learning rate, or "
+                    "look for labels that are not finite."
                 )
         report.advance(progress.step, loss)
         if evaluation and (last or progress.step % eval_steps == 0):
@@ -107,11 +107,10 @@ def _run(
         if last or progress.step % save_steps == 0:
             save_state(folder, trainer.model, trainer.optimizer, progress)
     if trainer.num_lists_without_terms:
-        report.line(
-            f"{trainer.num_lists_without_terms} lists gave the loss no term (no positive, or all labels equal)."
-        )
+        count = trainer.num_lists_without_terms
+        report.line(f"lists that gave the loss no term (no positive, or all labels equal): {count}")
     if trainer.tokenizer.num_truncated:
-        report.line(f"{trainer.tokenizer.num_truncated} pairs were truncated to {trainer.tokenizer.max_length} tokens.")
+        report.line(f"pairs truncated to {trainer.tokenizer.max_length} tokens: {trainer.tokenizer.num_truncated}")
     if progress.best_step is not None:
         report.line(f"best nDCG@10 {progress.best_measure:.4f} at step {progress.best_step}")
     report.line(f"checkpoint: {folder}")

@@ -161,8 +161,8 @@ class Trainer:
             if position < len(one.documents):
                 document = one.document_ids[position] if one.document_ids else position
                 raise ValueError(
-                    f"The score of query {one.query_id or one.query[:60]!r} with document {document!r} is NaN: the weights "
-                    "have diverged; lower the learning rate."
+                    f"The score of query {one.query_id or one.query[:60]!r} with document {document!r} is NaN: the "
+                    "weights have diverged; lower the learning rate."
                 )
             position -= len(one.documents)
 
@@ -173,7 +173,7 @@ class Trainer:
             text for text in dict.fromkeys(t for one in lists for t in (one.query, *one.documents)) if text not in ids
         ]
         if texts:
-            ids.update(zip(texts, self.tokenizer.encode(texts, enough=self.tokenizer.max_length), strict=True))
+            ids.update(zip(texts, self.tokenizer.encode(texts), strict=True))
         return [[self.tokenizer.pair(ids[one.query], ids[document]) for document in one.documents] for one in lists]
 
     def scores(self, lists: Sequence[RankingList]) -> list[np.ndarray]:

