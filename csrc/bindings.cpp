@@ -54,7 +54,7 @@ using MaybeHeads = std::optional<HeadsArray>;
 using MaybeFloats = std::optional<Array<float>>;
 
 void check_heads(const HeadsArray& array) {
-  if (array.ndim() != 3 || (array.shape(2) > 1 && array.strides(2) != sizeof(float)))
+  if (array.ndim() != 3 || (array.size() > 0 && array.shape(2) > 1 && array.strides(2) != sizeof(float)))
     throw std::invalid_argument("expected an array (rows, heads, head_dim) whose last dimension is contiguous");
 }
 fastrank::ConstHeads heads_in(const HeadsArray& array) {

@@ -12,8 +12,8 @@ import torch
 
 from fastrank import ops
 
-# activation(x, bias) of a matrix product's output and bias. erf and tanh GELU differ by up to 5e-4, which moves scores: the
-# form is the checkpoint's, never ours to choose.
+# activation(x, bias) of a matrix product's output and bias. erf and tanh GELU differ by up to 5e-4, which moves scores:
+# the form is the checkpoint's, never ours to choose.
 TANH_GELU = partial(ops.bias_gelu, tanh_form=True)
 ACTIVATIONS = {
     "gelu": ops.bias_gelu,
