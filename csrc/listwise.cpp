@@ -62,7 +62,7 @@ LabelOrder order_by_label(const double* labels, int64_t n) {
 // Sum over pairs of softplus(d), d = (score of the column - score of the row) / temperature.
 struct RankNetPairs {
   const float* scores;
-  float scale;
+  float temperature;
 
   struct Row {
     vfloat score;
@@ -77,7 +77,7 @@ struct RankNetPairs {
 
   template <bool MASKED>
   PairTerms visit(const Row& row, Column& column, vint mask) const {
-    vfloat d = (column.score - row.score) * scale;
+    vfloat d = (column.score - row.score) / temperature;
     if constexpr (MASKED) d = select(mask, d, splat(-std::numeric_limits<float>::infinity()));
     const vfloat e = exp_nonpositive(-abs(d));
     column.linear += max(d, vfloat{});
@@ -91,7 +91,7 @@ struct RankNetPairs {
 // The smooth rank of a document, less 1, is its sum of sigmoid((score of the other - own score) / temperature).
 struct SmoothRankPairs {
   const float* scores;
-  float scale;
+  float temperature;
 
   struct Row {
     vfloat score;
@@ -102,7 +102,7 @@ struct SmoothRankPairs {
 
   template <bool MASKED>
   PairTerms visit(const Row& row, const Column& column, vint mask) const {
-    const vfloat d = (column.score - row.score) * scale;
+    const vfloat d = (column.score - row.score) / temperature;
     const vfloat e = exp_nonpositive(-abs(d));
     const vfloat high = 1.f / (e + 1.f);
     const vfloat low = e * high;
@@ -117,7 +117,7 @@ struct SmoothRankPairs {
 struct SmoothRankGradientPairs {
   const float* scores;
   const float* rank_gradients;
-  float scale;
+  float temperature;
 
   struct Row {
     vfloat score, rank_gradient;
@@ -128,7 +128,7 @@ struct SmoothRankGradientPairs {
 
   template <bool MASKED>
   PairTerms visit(const Row& row, const Column& column, vint mask) const {
-    const vfloat e = exp_nonpositive(-abs((column.score - row.score) * scale));
+    const vfloat e = exp_nonpositive(-abs((column.score - row.score) / temperature));
     const vfloat high = 1.f / (e + 1.f);
     vfloat term = e * high * high * (column.rank_gradient - row.rank_gradient);
     if constexpr (MASKED) term = select(mask, term, vfloat{});
@@ -150,7 +150,7 @@ void ranknet(const ListwiseBatch& batch, const ListwiseOptions& options, int num
       terms += n - order.lower[i];
     }
     std::vector<double> sums(n);
-    const RankNetPairs pairs{scores.data(), static_cast<float>(1 / options.temperature)};
+    const RankNetPairs pairs{scores.data(), static_cast<float>(options.temperature)};
     batch.sums[list] = static_cast<float>(sweep_pairs(pairs, n, order.lower.data(), sums.data(), threads));
     batch.terms[list] = terms;
     for (int64_t i = 0; i < n; ++i)
@@ -172,12 +172,12 @@ void lce(const ListwiseBatch& batch, const ListwiseOptions& options, int num_thr
       return;
     }
     const int64_t best = std::max_element(scores, scores + n) - scores;
-    const float scale = static_cast<float>(1 / options.temperature);
+    const float temperature = static_cast<float>(options.temperature);
     // The gradients hold e^(score - best score) for a while. The best document's own 1 stays outside the sum, and the target's
     // gradient is minus the share of all others, so that a list which is nearly right keeps its digits.
     for (int64_t i = 0; i < n; i += LANES) {
       const int64_t count = std::min<int64_t>(LANES, n - i);
-      store_partial(gradients + i, exp_nonpositive((load_partial(scores + i, count) - scores[best]) * scale), count);
+      store_partial(gradients + i, exp_nonpositive((load_partial(scores + i, count) - scores[best]) / temperature), count);
     }
     double others = 0;
     for (int64_t i = 0; i < n; ++i) others += i == best ? 0 : gradients[i];
@@ -200,9 +200,9 @@ void adr_mse(const ListwiseBatch& batch, const ListwiseOptions& options, int num
       scores[i] = batch.scores[begin + i];
       first[i] = static_cast<int32_t>(i + 1);
     }
-    const float scale = static_cast<float>(1 / options.temperature);
+    const float temperature = static_cast<float>(options.temperature);
     std::vector<double> sums(n);
-    sweep_pairs(SmoothRankPairs{scores.data(), scale}, n, first.data(), sums.data(), threads);
+    sweep_pairs(SmoothRankPairs{scores.data(), temperature}, n, first.data(), sums.data(), threads);
 
     const LabelOrder order = order_by_label(batch.labels + begin, n);
     double loss = 0;
@@ -221,7 +221,7 @@ void adr_mse(const ListwiseBatch& batch, const ListwiseOptions& options, int num
     batch.sums[list] = static_cast<float>(loss);
     batch.terms[list] = n;
 
-    sweep_pairs(SmoothRankGradientPairs{scores.data(), rank_gradients.data(), scale}, n, first.data(), sums.data(), threads);
+    sweep_pairs(SmoothRankGradientPairs{scores.data(), rank_gradients.data(), temperature}, n, first.data(), sums.data(), threads);
     for (int64_t i = 0; i < n; ++i) batch.gradients[begin + i] = static_cast<float>(sums[i] / options.temperature);
   });
 }

@@ -1,8 +1,8 @@
 """Listwise losses by name: scores, labels and list_offsets in, one number out.
 
-Documents of all lists stand behind one another, cut by list_offsets; labels: higher is better; natural logarithm. A loss
-sums over its terms and counts them (fastrank.ops.listwise); the reduction divides, here. A batch without any term has the
-loss 0 and a gradient of zeros. The formulas run in fastrank/kernels/listwise/reference.py.
+Documents of all lists stand behind one another, cut by list_offsets; labels: higher is better; natural logarithm. A
+loss sums over its terms and counts them (fastrank.ops.listwise); the reduction divides, here. A batch without any term
+has the loss 0 and a gradient of zeros. The formulas, as code: fastrank/kernels/listwise/reference.py.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ class Loss:
             reduction: "mean" over all terms of the batch; "list_mean" = the mean of the means of the lists that have a
                 term; "none" = the sum over each list's terms, (lists,); "sum" over all terms.
             backend: "auto", "reference", "cpu" or "gpu".
-            check: Whether to look for NaN and infinite scores and NaN labels. Default: on a CPU only, since elsewhere it
-                waits for the device.
+            check: Whether to look for NaN and infinite scores and NaN labels. Default: on a CPU only, since elsewhere
+                it waits for the device.
             options: As `options` lists them.
 
         Returns:
@@ -146,7 +146,7 @@ LOSSES: Mapping[str, Loss] = _Losses(
         Loss(
             "adr_mse",
             "documents",
-            "(r - t)^2 / discount(t), t = rank by label, r = 1 + sum of sigmoid((other score - own score) / temperature)",
+            "(r - t)^2 / discount(t), t = rank by label, r = 1 + sum of sigmoid((other - own score) / temperature)",
             {
                 "temperature": TEMPERATURE,
                 "discount": Option("log2", ("log2", "reciprocal", "none")),
@@ -169,8 +169,8 @@ def count_terms(name: str, labels: Tensor, list_offsets: Tensor, **options: obje
 def resolve_loss(loss: str | Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The loss of this name, or the function at this dotted path (package.module.function), or the function itself.
 
-    A user's function is called as loss(scores, labels, list_offsets, **options) and returns one number. Raises ValueError
-    for a name that is neither.
+    A user's function is called as loss(scores, labels, list_offsets, **options) and returns one number. Raises
+    ValueError for a name that is neither.
     """
     if callable(loss):
         return loss
@@ -198,12 +198,17 @@ def _narrow(list_offsets: Tensor) -> Tensor:
 
 
 def _check_values(scores: Tensor, labels: Tensor, list_offsets: Tensor) -> None:
-    scores = scores.detach()
-    for name, values, wrong in (("scores", scores, ~scores.isfinite()), ("labels", labels, labels.isnan())):
+    for name, values, rule in (
+        ("scores", scores.detach(), "scores must be finite numbers"),
+        ("labels", labels.detach(), "labels must be numbers"),
+    ):
+        if math.isfinite(values.sum()):
+            continue  # the usual case, in one pass; a sum that overflowed or met an infinite label needs a closer look
+        wrong = values.isnan() if name == "labels" else ~values.isfinite()
         if wrong.any():
             position = int(wrong.nonzero()[0])
             where = int(torch.searchsorted(list_offsets, position, right=True)) - 1
+            document = position - int(list_offsets[where])
             raise ValueError(
-                f"{name}[{position}] is {values[position].item()} (document {position - int(list_offsets[where])} of list "
-                f"{where}): {'scores must be finite numbers' if name == 'scores' else 'labels must be numbers'}."
+                f"{name}[{position}] is {values[position].item()} (document {document} of list {where}): {rule}."
             )

@@ -1,5 +1,7 @@
-"""Listwise losses in C++ (csrc/listwise.cpp): float32 scores, labels compared in float64, gradients written in the forward
-pass, threaded over lists and, in a long list, over blocks of rows."""
+"""Listwise losses in C++ (csrc/listwise.cpp): float32 scores, labels compared in float64.
+
+Threaded over lists and, in a long list, over blocks of rows; the same bit for bit on any number of threads.
+"""
 
 from collections.abc import Mapping
 from functools import partial

@@ -1,5 +1,8 @@
-"""The one autograd function of all fused listwise losses: a kernel writes sums, terms and the gradient of the sums in the
-forward pass; the backward pass only multiplies each list's gradient by what comes from upstream."""
+"""The one autograd function of all fused listwise losses.
+
+The forward pass writes sums, terms and the gradients of the sums; the backward pass only multiplies each list's
+gradients by what comes from upstream.
+"""
 
 from collections.abc import Callable, Mapping
 
@@ -13,7 +16,9 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Mapping[str, object]], tuple[Tensor, 
 
 class FusedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, scores: Tensor, labels: Tensor, list_offsets: Tensor, kernel: Kernel, options) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx, scores: Tensor, labels: Tensor, list_offsets: Tensor, kernel: Kernel, options: Mapping[str, object]
+    ) -> tuple[Tensor, Tensor]:
         sums, terms, gradients = kernel(scores.detach(), labels, list_offsets, options)
         ctx.save_for_backward(gradients, list_offsets)
         ctx.mark_non_differentiable(terms)

@@ -1,8 +1,8 @@
-"""Listwise losses in plain PyTorch: the definition that every kernel is measured against, on any device and in any dtype.
+"""Listwise losses in plain PyTorch: the definition that every kernel is measured against, on any device, in any dtype.
 
-One function a loss: the scores and labels of one list in (higher is better, natural logarithm, temperature divides the
-scores), the sum over its terms out. RankNet: Burges et al. 2005; LCE: Gao et al. 2021; ADR-MSE: Schlatt et al. 2025,
-arXiv 2405.07920.
+One function a loss: the scores and labels of one list in (higher is better, natural logarithm, temperature divides
+the scores), the sum over its terms out. RankNet: Burges et al. 2005; LCE: Gao et al. 2021; ADR-MSE: Schlatt et al. 2025
+(arXiv 2405.07920).
 """
 
 from collections.abc import Mapping
@@ -21,18 +21,23 @@ def ranknet(scores: Tensor, labels: Tensor, *, temperature: float) -> Tensor:
 
 
 def lce(scores: Tensor, labels: Tensor, *, temperature: float) -> Tensor:
-    """Cross-entropy of softmax(scores / temperature) against the first document of the highest label; 0 where no label
-    is above 0."""
+    """Cross-entropy of softmax(scores / temperature) against the first document of the highest label: log(1 + the sum
+    over the others of exp((score - target's score) / temperature)). Without a label above 0 there is no term."""
     if not (labels > 0).any():
         return scores[:0].sum()
-    return functional.cross_entropy(scores / temperature, labels.argmax())
+    target = int(labels.argmax())
+    others = torch.cat([scores[:target], scores[target + 1 :]])
+    behind = torch.logsumexp((others - scores[target]) / temperature, dim=0)
+    return -functional.logsigmoid(-behind)
 
 
 def adr_mse(scores: Tensor, labels: Tensor, *, temperature: float, discount: str, ties: str) -> Tensor:
     """Sum over the documents of (smooth rank - teacher rank)^2 / discount(teacher rank)."""
-    others = 1 - torch.eye(len(scores), dtype=scores.dtype, device=scores.device)
     behind = (scores[None, :] - scores[:, None]) / temperature
-    smooth_ranks = 1 + (others * torch.sigmoid(behind)).sum(dim=1)
+    # Two forms of one sigmoid: autograd multiplies y by 1 - y, which keeps its digits only for a small y.
+    steps = torch.where(behind > 0, 1 - torch.sigmoid(-behind), torch.sigmoid(behind))
+    others = 1 - torch.eye(len(scores), dtype=scores.dtype, device=scores.device)
+    smooth_ranks = 1 + (others * steps).sum(dim=1)
     teacher_ranks = ranks(labels, ties).to(scores.dtype)
     discounts = {"log2": torch.log2(teacher_ranks + 1), "reciprocal": teacher_ranks, "none": torch.ones_like(scores)}
     return ((smooth_ranks - teacher_ranks) ** 2 / discounts[discount]).sum()
