@@ -63,8 +63,8 @@ def load_model(
     if head not in ("required", "initialise"):
         raise ValueError(f"head must be 'required' or 'initialise', not {head!r}.")
     find = _finder(name_or_path, revision=revision, token=token, local_files_only=local_files_only)
-    config = _read_config(name_or_path, find)
     try:
+        config = _read_config(name_or_path, find)
         weights = _read_weights(name_or_path, find)
         model = from_hub(config, weights, may_initialise=head == "initialise", seed=seed, dropout=dropout)
     except ValueError as error:
@@ -78,7 +78,8 @@ def save_model(folder: str | os.PathLike, model: CrossEncoder, tokenizer: "PairT
     folder: made if it does not exist; files of the same names are replaced, others are left alone.
     """
     folder = Path(folder).absolute()
-    aside = folder.parent / f".{folder.name}.partial"
+    # On the same file system as its destination, or it could not be renamed: an existing folder may be a mount point.
+    aside = folder / ".partial" if folder.exists() else folder.parent / f".{folder.name}.partial"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     tokenizer.save(aside)
@@ -92,7 +93,7 @@ def save_model(folder: str | os.PathLike, model: CrossEncoder, tokenizer: "PairT
     for path in aside.iterdir():
         _flush(path)
     if folder.exists():
-        for path in aside.iterdir():
+        for path in list(aside.iterdir()):
             path.replace(folder / path.name)
         aside.rmdir()
         _flush(folder)
@@ -182,7 +183,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}.") from error
+        raise ValueError(f"{path.name} is not valid JSON: {error}.") from error
 
 
 def _finder(

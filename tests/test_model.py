@@ -238,3 +238,12 @@ def test_unsupported_configs(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps({**config, change[0]: change[1]}))
         with pytest.raises(ValueError, match=message):
             load_model(tmp_path)
+
+
+def test_float64_through_the_reference(tmp_path, kind, monkeypatch):
+    """The same model in float64 is what the kernels in float32 can be held against."""
+    monkeypatch.setenv("FASTRANK_BACKEND", "reference")
+    theirs = make_checkpoint(tmp_path, kind)
+    pairs = random_pairs(theirs, LENGTHS)
+    with torch.no_grad():
+        assert _error(load_model(tmp_path).double()(pack_pairs(pairs)), padded_logits(theirs.double(), pairs)) <= 1e-12
