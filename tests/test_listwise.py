@@ -139,7 +139,12 @@ def test_a_list_is_the_same_bit_for_bit_alone_in_a_batch_and_on_any_number_of_th
     sums, terms, gradients = packed[0]
     for index, (begin, end) in enumerate(pairwise(offsets.tolist())):
         alone = sums_and_gradients(
-            loss, options, scores[begin:end], labels[begin:end], torch.tensor([0, end - begin]).int(), upstream[index, None]
+            loss,
+            options,
+            scores[begin:end],
+            labels[begin:end],
+            torch.tensor([0, end - begin]).int(),
+            upstream[index, None],
         )
         assert torch.equal(alone[0], sums[index, None]) and torch.equal(alone[1], terms[index, None])
         assert torch.equal(alone[2], gradients[begin:end])
