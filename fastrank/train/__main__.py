@@ -15,7 +15,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = as_flags(sys.argv[1:] if argv is None else argv)
     try:
         if "--demo" in argv:
-            from fastrank.demo import demo_command
+            from .demo import demo_command
 
             return demo_command([word for word in argv if word != "--demo"])
         config = _parse(argv)

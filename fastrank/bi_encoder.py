@@ -1,4 +1,4 @@
-"""The bi-encoder that the demo compares with and distils from: cosines of mean-pooled token vectors.
+"""A bi-encoder to compare with and distil from: cosines of mean-pooled token vectors.
 
 In: a folder of sentence-embedding weights and ranking lists. Out: one cosine per document of every list.
 Every text is encoded once, in order of length, so that the padding of these small batches stays small.
