@@ -180,7 +180,7 @@ def resolve_loss(loss: str | Callable[..., Tensor]) -> Callable[..., Tensor]:
     try:
         function = getattr(importlib.import_module(module), name, None)
     except ModuleNotFoundError as error:
-        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+        if not f"{module}.".startswith(f"{error.name}."):
             raise  # a module that the user's own imports
         raise ValueError(f"loss={loss!r}: Python finds no module {error.name!r}.") from error
     if not callable(function):

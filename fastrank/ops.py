@@ -4,7 +4,7 @@ Every tensor is packed: the tokens of all pairs behind one another, cut by offse
 CPU only, since reading them would make a GPU wait.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -160,7 +160,9 @@ def listwise(
     if labels.device != scores.device:
         raise ValueError(f"labels must be on {scores.device}, where the scores are, not on {labels.device}.")
     _check_offsets("list_offsets", list_offsets, scores, segment="list", row="document")
-    return choose("listwise", backend, scores).listwise(name, scores, labels, list_offsets, options)
+    kernels = choose("listwise", backend, scores)
+    _check_loss(name, kernels.LOSSES)
+    return kernels.listwise(name, scores, labels, list_offsets, options)
 
 
 def listwise_terms(name: str, labels: Tensor, list_offsets: Tensor) -> Tensor:
@@ -170,7 +172,14 @@ def listwise_terms(name: str, labels: Tensor, list_offsets: Tensor) -> Tensor:
     """
     _require(labels.dim() == 1, "listwise_terms takes labels (documents,)", labels=labels, list_offsets=list_offsets)
     _check_offsets("list_offsets", list_offsets, labels, segment="list", row="document")
-    return choose("listwise", "reference", labels).count_terms(name, labels, list_offsets)
+    reference = choose("listwise", "reference", labels)
+    _check_loss(name, reference.LOSSES)
+    return reference.count_terms(name, labels, list_offsets)
+
+
+def _check_loss(name: str, known: Iterable[str]) -> None:
+    if name not in known:
+        raise ValueError(f"There is no listwise loss {name!r}; known are {', '.join(sorted(known))}.")
 
 
 def _shape(tensor: Tensor) -> str:
@@ -206,9 +215,7 @@ def _require_integers(name: str, tensor: Tensor, beside: Tensor, dtypes: tuple[t
         )
 
 
-def _check_offsets(
-    name: str, offsets: Tensor, rows: Tensor, *, segment: str = "pair", row: str = "token"
-) -> None:
+def _check_offsets(name: str, offsets: Tensor, rows: Tensor, *, segment: str = "pair", row: str = "token") -> None:
     """Offsets begin at 0, never decrease and end at the number of rows: otherwise a kernel would read foreign
     memory."""
     _require_integers(name, offsets, rows, (torch.int32,))

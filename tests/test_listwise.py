@@ -342,6 +342,11 @@ def test_operation_names_what_does_not_fit():
         ops.listwise_terms("ranknet", scores, torch.zeros(0, dtype=torch.int32))
     with pytest.raises(ValueError, match=r"torch\.int64"):
         ops.listwise("ranknet", torch.zeros(3, dtype=torch.int64), scores, offsets, options=options)
+    for backend in ("cpu", "reference"):
+        with pytest.raises(ValueError, match="no listwise loss 'isa'; known are adr_mse, lce, ranknet"):
+            ops.listwise("isa", scores, scores, offsets, options={}, backend=backend)
+    with pytest.raises(ValueError, match="no listwise loss 'isa'"):
+        ops.listwise_terms("isa", scores, offsets)
 
 
 def test_memory_grows_with_documents_not_with_pairs():
