@@ -12,27 +12,9 @@
 namespace fastrank::FASTRANK_ISA {
 namespace {
 
-constexpr float LOG2_E = 1.44269504088896341f;
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
 constexpr int64_t BLOCK_QUERIES = 4 * TALL;        // of the backward: the depth of its products over queries
 constexpr int64_t SERIAL_MULTIPLICATIONS = 1 << 18;  // a call with less work than this stays on the calling thread
-
-// e^x for x <= 0, wrong by at most 1e-7; 0 below -86, NaN stays NaN. 2^k * 2^f, |f| <= 1/2, with a polynomial fitted to the
-// least largest relative error, 2e-9. Shorter than simd.hpp's exp, since nothing can overflow.
-FASTRANK_INLINE vfloat exp_nonpositive(vfloat x) {
-  const vfloat shifter = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
-  const vfloat biased = x * LOG2_E + shifter;
-  const vfloat f = x * LOG2_E - (biased - shifter);
-  vfloat p = splat(1.53533621e-4f);
-  p = p * f + 1.33988746e-3f;
-  p = p * f + 9.61843736e-3f;
-  p = p * f + 5.55033247e-2f;
-  p = p * f + 2.40226479e-1f;
-  p = p * f + 6.93147203e-1f;
-  p = p * f + 1.f;
-  const vint scaled = as_int(p) + (as_int(biased) << 23);
-  return as_float(scaled & ~(x < splat(-86.f)));
-}
 
 // Lanes of the last key vector past the last key, as a mask of ones for those that hold a key.
 inline vint valid_lanes(int64_t keys) {
@@ -58,10 +40,13 @@ void for_each_task(const AttentionShape& shape, const Body& body) {
   std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return work[a] > work[b]; });
   const int64_t total = std::accumulate(work.begin(), work.end(), int64_t(0)) * shape.num_heads * shape.head_dim;
   const int num_threads = total < SERIAL_MULTIPLICATIONS ? 1 : shape.num_threads;
-  parallel_for(shape.num_pairs * shape.num_heads, num_threads, [&](int64_t index) {
-    const int64_t pair = order[index / shape.num_heads];
-    const int64_t query_begin = query_begins[pair], key_begin = key_begins[pair];
-    body(Task{index % shape.num_heads, query_begin, query_ends[pair] - query_begin, key_begin, key_ends[pair] - key_begin});
+  // A thread takes several heads of a pair at once where that leaves enough to share out: their rows are neighbours in memory.
+  const int64_t run = std::clamp<int64_t>(shape.num_pairs * shape.num_heads / (16 * num_threads), 1, shape.num_heads);
+  const int64_t runs = (shape.num_heads + run - 1) / run;
+  parallel_for(shape.num_pairs * runs, num_threads, [&](int64_t index) {
+    const int64_t pair = order[index / runs], query_begin = query_begins[pair], key_begin = key_begins[pair];
+    for (int64_t head = index % runs * run; head < std::min(shape.num_heads, (index % runs + 1) * run); ++head)
+      body(Task{head, query_begin, query_ends[pair] - query_begin, key_begin, key_ends[pair] - key_begin});
   });
 }
 
@@ -97,8 +82,8 @@ void forward_task(const AttentionForward& arguments, const Task& task) {
   const int64_t key_vectors = round_up(keys, LANES) / LANES, padded_dim = round_up(head_dim, LANES);
   const int64_t stride = key_vectors * LANES + 16;  // one cache line apart from a power of two
 
-  Scratch scratch(key_vectors * LANES * head_dim + keys * padded_dim + TALL * stride + 64);
-  float* const packed_keys = scratch.take(key_vectors * LANES * head_dim);
+  Scratch scratch(columns_floats(keys, head_dim) + keys * padded_dim + TALL * stride + 64);
+  float* const packed_keys = scratch.take(columns_floats(keys, head_dim));
   float* const packed_values = scratch.take(keys * padded_dim);
   float* const scores = scratch.take(TALL * stride);
   pack_columns(at(arguments.k, task.key_begin, head), arguments.k.row_stride, keys, head_dim, packed_keys);
@@ -111,26 +96,30 @@ void forward_task(const AttentionForward& arguments, const Task& task) {
     const RowPointers<ROWS> left(at(arguments.q, query, head), arguments.q.row_stride, count);
     multiply_columns(left, head_dim, packed_keys, key_vectors, arguments.shape.scale, scores, stride);
 
-    float inverse_sums[ROWS];
+    // A phase at a time over all rows: the reductions of one row overlap with those of the next.
+    float maxima[ROWS], inverse_sums[ROWS];
     for (int r = 0; r < ROWS; ++r) {
       float* const row_scores = scores + r * stride;
       float* const last = row_scores + (key_vectors - 1) * LANES;
-      store(last, select(valid, load(last), splat(-INFINITE)));
-      vfloat highest = load(row_scores);
-      for (int64_t v = 1; v < key_vectors; ++v) highest = max(highest, load(row_scores + v * LANES));
-      const float maximum = max_lane(highest);
+      vfloat highest = select(valid, load(last), splat(-INFINITE));
+      store(last, highest);
+      for (int64_t v = 0; v < key_vectors - 1; ++v) highest = max(highest, load(row_scores + v * LANES));
+      maxima[r] = max_lane(highest);
+    }
+    for (int r = 0; r < ROWS; ++r) {
+      float* const row_scores = scores + r * stride;
       vfloat total = {};
       for (int64_t v = 0; v < key_vectors; ++v) {
-        const vfloat p = exp_nonpositive(load(row_scores + v * LANES) - maximum);
+        const vfloat p = exp_nonpositive(load(row_scores + v * LANES) - maxima[r]);
         store(row_scores + v * LANES, p);
         total += p;
       }
       inverse_sums[r] = 1.f / sum(total);
-      if (arguments.statistics.maxima != nullptr && r < count) {
-        const int64_t index = head * arguments.shape.num_queries + query + r;
-        arguments.statistics.maxima[index] = maximum;
-        arguments.statistics.inverse_sums[index] = inverse_sums[r];
-      }
+    }
+    if (arguments.statistics.maxima != nullptr) {
+      const int64_t index = head * arguments.shape.num_queries + query;
+      std::copy_n(maxima, count, arguments.statistics.maxima + index);
+      std::copy_n(inverse_sums, count, arguments.statistics.inverse_sums + index);
     }
 
     multiply_rows(RowPointers<ROWS>(scores, stride, ROWS), keys, packed_values, head_dim, inverse_sums, count,
@@ -147,11 +136,11 @@ void backward_task(const AttentionBackward& arguments, const Task& task) {
   }
   const int64_t key_vectors = round_up(keys, LANES) / LANES, dim_vectors = round_up(head_dim, LANES) / LANES;
   const int64_t padded_dim = dim_vectors * LANES, stride = key_vectors * LANES + 16;
-  const int64_t columns_floats = key_vectors * LANES * head_dim, rows_floats = (keys + TALL) * padded_dim;
+  const int64_t rows_floats = (keys + TALL) * padded_dim;
 
-  Scratch scratch(2 * columns_floats + 3 * rows_floats + 2 * BLOCK_QUERIES * (padded_dim + stride) + 256);
-  float* const key_columns = scratch.take(columns_floats);
-  float* const value_columns = scratch.take(columns_floats);
+  Scratch scratch(2 * columns_floats(keys, head_dim) + 3 * rows_floats + 2 * BLOCK_QUERIES * (padded_dim + stride) + 256);
+  float* const key_columns = scratch.take(columns_floats(keys, head_dim));
+  float* const value_columns = scratch.take(columns_floats(keys, head_dim));
   float* const key_rows = scratch.take(rows_floats);
   float* const dk_sums = scratch.take(rows_floats);
   float* const dv_sums = scratch.take(rows_floats);

@@ -15,11 +15,15 @@
 
 namespace fastrank::FASTRANK_ISA {
 
-// Six rows by two vectors are twelve sums, two right-hand vectors and one left-hand value: what sixteen registers hold.
-constexpr int TALL = 6;
-constexpr int SHORT = 4;
+// Tiles hold their sums in registers. Six rows by two vectors are twelve sums, two right-hand vectors and one left-hand value:
+// what sixteen registers hold. Where a vector takes four registers, they hold two rows by one vector.
+#ifdef FASTRANK_WIDE
+constexpr int TALL = 2, SHORT = 1, WIDTH = 1;
+#else
+constexpr int TALL = 6, SHORT = 4, WIDTH = 2;
+#endif
 
-// The height of the next tile where `rows` are left, so that sixes and fours together compute at most one row too many.
+// The height of the next tile where `rows` are left, so that tall and short tiles compute at most one row too many.
 inline int tile_height(int64_t rows) {
   const int64_t rest = rows % TALL;
   return rows <= SHORT || rest == 1 || rest == 2 || rest == 4 ? SHORT : TALL;
@@ -63,7 +67,7 @@ struct Columns {
 template <class Body>
 FASTRANK_INLINE void for_vectors(int64_t vectors, const Body& body) {
   int64_t first = 0;
-  for (; first + 2 <= vectors; first += 2) body(std::integral_constant<int, 2>{}, first);
+  for (; first + WIDTH <= vectors; first += WIDTH) body(std::integral_constant<int, WIDTH>{}, first);
   if (first < vectors) body(std::integral_constant<int, 1>{}, first);
 }
 
@@ -77,22 +81,31 @@ inline void store_lanes(float* p, vfloat x, int64_t count) {
 
 // rows x width floats, the width filled up with zeros to whole vectors: packed[row][vector][lane].
 inline void pack_rows(const float* source, int64_t stride, int64_t rows, int64_t width, float* packed) {
-  for (int64_t row = 0; row < rows; ++row, source += stride)
+  for (int64_t row = 0; row < rows; ++row, source += stride) {
     for (int64_t column = 0; column < width; column += LANES, packed += LANES)
       store(packed, load_lanes(source + column, width - column));
+  }
+}
+
+// How many floats pack_columns writes.
+inline int64_t columns_floats(int64_t rows, int64_t width) {
+  return round_up(rows, LANES) * width + LANES * LANES;
 }
 
 // rows x width floats, transposed: packed[vector of rows][column][row in the vector], rows past the last zero.
 inline void pack_columns(const float* source, int64_t stride, int64_t rows, int64_t width, float* packed) {
-  for (int64_t row = 0; row < rows; row += LANES, packed += width * LANES) {
+  for (int64_t row = 0; row < rows; row += LANES, source += LANES * stride, packed += width * LANES) {
     const int64_t height = std::min<int64_t>(LANES, rows - row);
     for (int64_t column = 0; column < width; column += LANES) {
-      const int64_t columns = std::min<int64_t>(LANES, width - column);
       vfloat block[LANES];
-      for (int r = 0; r < LANES; ++r)
-        block[r] = r < height ? load_lanes(source + (row + r) * stride + column, columns) : splat(0.f);
+      if (height == LANES && column + LANES <= width)
+        for (int r = 0; r < LANES; ++r) block[r] = load(source + r * stride + column);
+      else
+        for (int r = 0; r < LANES; ++r)
+          block[r] = r < height ? load_lanes(source + r * stride + column, width - column) : splat(0.f);
       transpose(block);
-      for (int c = 0; c < columns; ++c) store(packed + (column + c) * LANES, block[c]);
+      // Columns past the width are overwritten by the next vector of rows; after the last one there is room for them.
+      for (int c = 0; c < LANES; ++c) store(packed + (column + c) * LANES, block[c]);
     }
   }
 }

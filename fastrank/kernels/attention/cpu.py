@@ -1,7 +1,7 @@
 """Packed attention in C++ (csrc/attention.cpp): float32 on CPU tensors, q, k and v read in place from strided views.
 
-Saved for the backward are the inputs and two numbers for each query and head, from which the very probabilities of the forward are
-computed again.
+Saved for the backward are the inputs and two numbers for each query and head, from which the very probabilities of the
+forward are computed again.
 """
 
 import torch

@@ -1,6 +1,7 @@
 """LayerNorm(x + residual) in C++ (csrc/layer_norm.cpp), float32 on CPU tensors.
 
-Saved for the backward are the inputs, the mean and the inverse deviation of each row; x + residual is added up again there.
+Saved for the backward are the inputs, the mean and the inverse deviation of each row; x + residual is added up again
+there.
 """
 
 import torch
