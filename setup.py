@@ -1,4 +1,4 @@
-"""Builds fastrank._cpu: every kernel file once per instruction set, the bindings once. Needs a C++17 compiler, not torch."""
+"""Builds fastrank._cpu: each kernel file once per instruction set, the bindings once. Needs C++17, not torch."""
 
 import platform
 from pathlib import Path
@@ -8,8 +8,8 @@ from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
-# FASTRANK_ISA, floats in a vector, compiler flags. `plain` is whatever the target's baseline offers; its vectors are sixteen
-# wide, four registers each, so that loops made for AVX-512 are tested on every machine.
+# FASTRANK_ISA, floats in a vector, compiler flags. `plain` is whatever the target's baseline offers; its vectors are
+# sixteen wide, four registers each, so that loops made for AVX-512 are tested on every machine.
 INSTRUCTION_SETS = [("plain", 16, [])]
 if X86:
     INSTRUCTION_SETS += [
@@ -18,9 +18,9 @@ if X86:
     ]
 KERNELS = sorted(str(path) for path in Path("csrc").glob("*.cpp") if path.name != "bindings.cpp")
 HEADERS = sorted(str(path) for path in Path("csrc").glob("*.hpp"))
-# -fno-math-errno lets sqrt vectorise; -Wno-psabi: vector arguments never cross a compiled boundary. NaN and infinity keep
-# their meaning, hence no -ffast-math.
-FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+# -fno-math-errno lets sqrt vectorise; -Wno-psabi: vector arguments never cross a compiled boundary. NaN and infinity
+# keep their meaning, hence no -ffast-math.
+FLAGS = "-O3 -std=c++17 -fopenmp -fno-math-errno -fno-trapping-math -fvisibility=hidden -Wall -Wno-psabi".split()
 
 
 class BuildKernels(build_ext):

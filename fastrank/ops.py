@@ -104,11 +104,14 @@ def padded_attention(
 def bias_gelu(x: Tensor, bias: Tensor, *, tanh_form: bool = False, backend: str = "auto") -> Tensor:
     """GELU(x + bias), what follows a feed-forward network's first matrix product; differentiable once in both.
 
-    x: (tokens, columns). bias: (columns,), of x's dtype. tanh_form: the tanh approximation instead of the exact erf form.
-    Returns (tokens, columns). Raises ValueError with the offending shapes.
+    x: (tokens, columns). bias: (columns,), of x's dtype. tanh_form: the tanh approximation instead of the exact erf
+    form. Returns (tokens, columns). Raises ValueError with the offending shapes.
     """
     _require(
-        x.dim() == 2 and bias.shape == x.shape[1:], "bias_gelu takes x (tokens, columns) and bias (columns,)", x=x, bias=bias
+        x.dim() == 2 and bias.shape == x.shape[1:],
+        "bias_gelu takes x (tokens, columns) and bias (columns,)",
+        x=x,
+        bias=bias,
     )
     _require_alike(x=x, bias=bias)
     return choose("gelu", backend, x).bias_gelu(x, bias, tanh_form)
