@@ -1,7 +1,8 @@
 """python -m fastrank.train --demo: trains a cross-encoder on documentation strings and shows what it is worth.
 
-Nothing is downloaded: the base weights come from a pip package, the corpus is the installed documentation. Distillation in
-small: a list's source document comes first, the others are ordered by the cosine of those same weights (the teacher).
+Nothing is downloaded: the base weights come from a pip package, the corpus is the installed documentation. Distillation
+in small: in the first stage a list's source document comes first and the others follow by the cosine of those same
+weights (the teacher); the second stage learns from the labels alone.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import json
 import random
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,66 +34,85 @@ MEASURE = "nDCG@10"
 CANDIDATES = 50
 LIST_LENGTH = 8
 QUERY_TOKENS, DOCUMENT_TOKENS = 24, 48
+LEARNING_RATE = 2e-4
 SEED = 7
+FIRST_STAGE_SHARE, EASY_SHARE = 0.45, 0.3
+UNTRAINED_QUERIES = 50  # random scores need no more to show what they are worth
+RERANK_SNIPPET = (
+    'import fastrank; print(fastrank.rerank("open a zip file", '
+    '["Sort a list in place.", "Read and write ZIP archives."], model="{model}"))'
+)
 
 
 def demo_command(argv: Sequence[str]) -> int:
     """Runs the demo; the last line of stdout is one JSON object. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m fastrank.train --demo", description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="folder of the checkpoint")
-    parser.add_argument("--num_lists", type=int, default=1800, help="lists to train on; fewer for a quick look")
+    parser.add_argument("--num_lists", type=int, default=900, help="lists to train on; fewer for a quick look")
     parser.add_argument("--num_queries", type=int, default=200, help="test queries to measure on")
     arguments = parser.parse_args(list(argv))
     started = time.perf_counter()
-    base = _base_weights()
+    base, folder = _base_weights(), arguments.output_dir
     _say("reading the documentation strings of the standard library, numpy and torch")
-    num_development = max(1, arguments.num_queries // 4)
     corpus = build_demo_corpus(
-        num_development=num_development, num_test=arguments.num_queries, num_candidates=CANDIDATES
+        num_development=max(1, arguments.num_queries // 5),
+        num_test=arguments.num_queries,
+        num_candidates=CANDIDATES,
     )
-    _say(f"{len(corpus.train.lists)} training queries; the base weights order their candidates (the teacher)")
-    rows = _training_lists(base, corpus.train.lists, arguments.num_lists)
-    folder = arguments.output_dir
-    start = _start_weights(base, folder.with_name(folder.name + "-start"))
-    config = TrainConfig(
-        model=str(start),
-        train_data=rows,
-        eval_data=list(corpus.development.lists),
-        output_dir=str(folder),
-        loss="ranknet",
-        learning_rate=2e-4,
-        warmup_steps=0.03,
-        per_device_train_batch_size=3,
-        max_query_tokens=QUERY_TOKENS,
-        max_document_tokens=DOCUMENT_TOKENS,
-        dropout=0.0,
-        freeze_layers=0,
-        eval_steps=0.25,
-        logging_steps=20,
-        seed=SEED,
-        overwrite=True,
-    )
-    train(config)
-    _say(f"measuring on {arguments.num_queries} test queries")
-    test = corpus.test
-    scores = {
-        "bm25": [[-rank for rank in range(len(one))] for one in test.lists],
-        "bi_encoder": bi_encoder_scores(base, test.lists),
-        "untrained": _cross_encoder_scores(start, test.lists),
-        "trained": _cross_encoder_scores(folder, test.lists),
+    development = [one.take(range(min(20, len(one)))) for one in corpus.development.lists]
+    ordered, labelled = _training_lists(corpus.train.lists, arguments.num_lists)
+    _say(f"the base weights order the candidates of {len(ordered)} of {len(corpus.train.lists)} training queries")
+    ordered = _order_by_teacher(base, ordered)
+    shared = {
+        "eval_data": development,
+        "learning_rate": LEARNING_RATE,
+        "per_device_train_batch_size": 3,
+        "max_query_tokens": QUERY_TOKENS,
+        "max_document_tokens": DOCUMENT_TOKENS,
+        "dropout": 0.0,
+        "freeze_layers": 0,
+        "eval_steps": 0.5,
+        "logging_steps": 20,
+        "seed": SEED,
+        "overwrite": True,
     }
-    figures = {name: round(_measure(test, values), 4) for name, values in scores.items()}
-    _print_table(figures, len(test.lists))
-    plot_curves(folder, folder / "curves.png")
-    log = [record for record in read_log(folder) if "pairs_per_second" in record]
-    print(f"curves: {folder / 'curves.png'}")
-    print("re-rank with it:")
-    print(f"""  python -c 'import fastrank; print(fastrank.rerank("open a zip file", ["Read and write ZIP archives.", """, end="")
-    print(f""""Sort a list in place."], model="{folder}"))'""")
+    with tempfile.TemporaryDirectory() as stages:
+        start = _start_weights(base, Path(stages) / "start")
+        untrained = _cross_encoder_scores(start, corpus.test.lists[:UNTRAINED_QUERIES])
+        _say("first stage: RankNet on the teacher's order")
+        first = train(
+            TrainConfig(
+                model=str(start),
+                train_data=ordered,
+                output_dir=str(Path(stages) / "first"),
+                loss="ranknet",
+                lr_scheduler_type="constant",
+                warmup_steps=20,
+                **shared,
+            )
+        )
+        _say("second stage: LCE on the labels")
+        train(TrainConfig(model=str(first), train_data=labelled, output_dir=str(folder), loss="lce", **shared))
+        log = read_log(first)
+    log += [record | {"step": record["step"] + log[-1]["step"]} for record in read_log(folder)]
+    _say(f"measuring on {arguments.num_queries} test queries")
+    scores = {
+        "bm25": [[-rank for rank in range(len(one))] for one in corpus.test.lists],
+        "bi_encoder": bi_encoder_scores(base, corpus.test.lists),
+        "untrained": untrained,
+        "trained": _cross_encoder_scores(folder, corpus.test.lists),
+    }
+    figures = {name: round(_measure(corpus.test, values), 4) for name, values in scores.items()}
+    _print_table(figures, len(corpus.test.lists))
+    plot_curves(log, folder / "curves.png")
+    print(f"loss and development {MEASURE} over time: {folder / 'curves.png'}")
+    print("re-rank with the new checkpoint:")
+    print(f"  python -c '{RERANK_SNIPPET.format(model=folder)}'")
+    rates = [record["pairs_per_second"] for record in log if "pairs_per_second" in record]
     result = {
         "measure": MEASURE,
         **figures,
-        "pairs_per_second": round(sum(r["pairs_per_second"] for r in log) / len(log), 1),
+        "pairs_per_second": round(sum(rates) / len(rates), 1),
         "seconds": round(time.perf_counter() - started, 1),
         "checkpoint": str(folder),
     }
@@ -108,7 +129,7 @@ def _base_weights() -> Path:
 
 
 def _start_weights(base: Path, folder: Path) -> Path:
-    """The base weights with a head; its pooler starts as the identity, since the one in the package was never trained."""
+    """The base weights with a head whose pooler is the identity, since the one in the package was never trained."""
     model = load_model(base, head="initialise", seed=SEED)
     with torch.no_grad():
         model.head.dense.weight.copy_(torch.eye(len(model.head.dense.weight)))
@@ -119,21 +140,46 @@ def _start_weights(base: Path, folder: Path) -> Path:
     return folder
 
 
-def _training_lists(base: Path, lists: Sequence[RankingList], count: int) -> list[RankingList]:
-    """`count` short lists, each the source document and random other candidates, labelled by the teacher's order."""
+def _training_lists(lists: Sequence[RankingList], count: int) -> tuple[list[RankingList], list[RankingList]]:
+    """Lists of the source document and a few others for the two stages, `count` in all.
+
+    The others are random documents at first, when nothing is learned yet from hard ones, then candidates of BM25.
+    """
     draw = random.Random(SEED)
     found = [one for one in lists if 1.0 in one.labels]
-    picked = [one.take(_pick(one, draw)) for one in draw.sample(found, min(count, len(found)))]
+    pool = [(text, name) for one in found for text, name in zip(one.documents[:1], one.document_ids[:1], strict=True)]
     rows = []
-    for one, cosines in zip(picked, bi_encoder_scores(base, picked, max_length=DOCUMENT_TOKENS), strict=True):
-        labels = [2.0 if label else float(cosine) for label, cosine in zip(one.labels, cosines, strict=True)]
-        rows.append(RankingList(one.query, one.documents, labels, one.query_id, one.document_ids))
-    return rows
+    for place, one in enumerate(draw.sample(found, min(count, len(found)))):
+        num_easy = round((LIST_LENGTH - 1) * max(0.0, 1 - place / (EASY_SHARE * count)))
+        positions = [position for position, label in enumerate(one.labels) if not label]
+        positions = draw.sample(positions, min(LIST_LENGTH - 1 - num_easy, len(positions)))
+        kept = one.take([one.labels.index(1.0), *positions])
+        easy = [(text, name) for text, name in draw.sample(pool, num_easy) if name not in one.document_ids]
+        rows.append(
+            RankingList(
+                one.query,
+                (*kept.documents, *(text for text, _ in easy)),
+                (*kept.labels, *(0.0 for _ in easy)),
+                one.query_id,
+                (*kept.document_ids, *(name for _, name in easy)),
+            )
+        )
+    cut = round(FIRST_STAGE_SHARE * len(rows))
+    return rows[:cut], rows[cut:]
 
 
-def _pick(one: RankingList, draw: random.Random) -> list[int]:
-    others = [position for position, label in enumerate(one.labels) if not label]
-    return [one.labels.index(1.0), *draw.sample(others, min(LIST_LENGTH - 1, len(others)))]
+def _order_by_teacher(base: Path, lists: Sequence[RankingList]) -> list[RankingList]:
+    """The same lists, labelled with the teacher's cosines below the source document."""
+    return [
+        RankingList(
+            one.query,
+            one.documents,
+            [2.0 if label else float(cosine) for label, cosine in zip(one.labels, cosines, strict=True)],
+            one.query_id,
+            one.document_ids,
+        )
+        for one, cosines in zip(lists, bi_encoder_scores(base, lists, max_length=DOCUMENT_TOKENS), strict=True)
+    ]
 
 
 def _cross_encoder_scores(folder: Path, lists: Sequence[RankingList]) -> list:
@@ -142,7 +188,8 @@ def _cross_encoder_scores(folder: Path, lists: Sequence[RankingList]) -> list:
 
 
 def _measure(part: DemoPart, scores: Sequence) -> float:
-    return evaluate(run_from_scores(part.lists, scores), part.qrels, [MEASURE])[MEASURE]
+    run = run_from_scores(part.lists[: len(scores)], scores)
+    return evaluate(run, {name: part.qrels[name] for name in run}, [MEASURE])[MEASURE]
 
 
 def _print_table(figures: dict[str, float], num_queries: int) -> None:
@@ -155,7 +202,7 @@ def _print_table(figures: dict[str, float], num_queries: int) -> None:
     names = {
         "bm25": "BM25",
         "bi_encoder": "bi-encoder of the base weights",
-        "untrained": "cross-encoder, untrained",
+        "untrained": f"cross-encoder, untrained (first {UNTRAINED_QUERIES})",
         "trained": "cross-encoder, trained",
     }
     for name, value in figures.items():

@@ -115,23 +115,17 @@ def _tensorboard(folder: Path):
     return SummaryWriter(str(folder / "tensorboard"))
 
 
-def plot_curves(folder: Path, path: Path, *, baselines: dict[str, float] | None = None) -> None:
-    """Draws loss and development nDCG@10 over the steps of log.jsonl, with named horizontal lines; needs matplotlib."""
+def plot_curves(records: list[dict], path: Path) -> None:
+    """Draws loss and development nDCG@10 over the steps of a log's records; needs matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    records = read_log(folder)
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), constrained_layout=True)
-    losses = [(r["step"], r["loss"]) for r in records if "loss" in r]
-    left.plot(*zip(*losses, strict=True) if losses else ((), ()), color="tab:blue")
-    left.set(xlabel="step", ylabel="training loss")
-    measures = [(r["step"], r["ndcg_at_10"]) for r in records if "ndcg_at_10" in r]
-    right.plot(*zip(*measures, strict=True) if measures else ((), ()), "o-", color="tab:blue", label="cross-encoder")
-    for (name, value), style in zip((baselines or {}).items(), ("--", ":", "-."), strict=False):
-        right.axhline(value, linestyle=style, color="tab:gray", label=f"{name} {value:.3f}")
-    right.set(xlabel="step", ylabel="development nDCG@10")
-    right.legend(loc="lower right")
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.6), constrained_layout=True)
+    for axis, key, label in zip(axes, ("loss", "ndcg_at_10"), ("training loss", "development nDCG@10"), strict=True):
+        points = [(record["step"], record[key]) for record in records if key in record]
+        axis.plot([step for step, _ in points], [value for _, value in points], "o-", markersize=3)
+        axis.set(xlabel="step", ylabel=label)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
