@@ -48,6 +48,9 @@ class PairTokenizer:
                 f"{type(tokenizer).__name__} is not a fast tokenizer; the folder needs a "
                 "tokenizer.json (load it once in transformers and save it with save_pretrained)."
             )
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):
+            # What transformers makes of a folder without tokenizer files.
+            raise ValueError("The tokenizer has no vocabulary; the folder needs a tokenizer.json.")
         self._tokenizer = tokenizer
         # Calls from several threads are safe because nothing here changes the Rust tokenizer after these two lines.
         self._backend = tokenizer.backend_tokenizer
@@ -94,7 +97,7 @@ class PairTokenizer:
 
         Raises OSError where nothing loads, ValueError where `max_length` passes the model's positions.
         """
-        from transformers import AutoTokenizer
+        import transformers
 
         hub = {"revision": revision, "token": token, "local_files_only": local_files_only}
         name = str(name_or_path)
@@ -102,7 +105,11 @@ class PairTokenizer:
         if not Path(name).is_dir() and (looks_local or Path(name).exists()):
             raise OSError(f"{name} is not a folder; give the folder of a checkpoint or a name on the Hugging Face hub.")
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name, **hub)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name, **hub)
+            # Lightning-IR stores a class of its own beside the one that it builds on.
+            backbone = getattr(transformers, tokenizer.init_kwargs.get("backbone_tokenizer_class") or "", None)
+            if backbone is not None and type(tokenizer) is transformers.TokenizersBackend:
+                tokenizer = backbone.from_pretrained(name, **hub)
         except (OSError, ValueError) as error:
             advice = (
                 "the folder needs a tokenizer.json"
@@ -118,12 +125,11 @@ class PairTokenizer:
             raise ValueError(
                 f"max_length is {max_length}, but {name} has only {positions} positions; give at most that."
             )
-        return cls(
-            tokenizer,
-            max_length=max_length,
-            max_query_tokens=max_query_tokens,
-            max_document_tokens=max_document_tokens,
-        )
+        limits = {"max_query_tokens": max_query_tokens, "max_document_tokens": max_document_tokens}
+        try:
+            return cls(tokenizer, max_length=max_length, **limits)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
 
     @property
     def vocab_size(self) -> int:

@@ -215,6 +215,20 @@ def test_saved_tokenizer_gives_the_same_pairs_everywhere(folder, tmp_path):
     assert [ids.tolist() for ids, _ in mine] == [ids.tolist() for ids, _ in _pairs(tokenizer, texts[:20], texts[20:])]
 
 
+def test_lightning_ir_tokenizers_are_the_class_they_build_on(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(MINILM)
+    tokenizer.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "CrossEncoderTokenizer", "backbone_tokenizer_class": "ElectraTokenizerFast"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mono", "backbone_model_type": "electra"}))
+    mine = PairTokenizer.load(tmp_path)
+    _assert_pairs_equal(_pairs(mine, ["a b"], ["c d"]), _expected(tokenizer, ["a b"], ["c d"], 512))
+    mine.save(tmp_path / "again")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "again")
+    _assert_pairs_equal(_pairs(mine, ["a b"], ["c d"]), _expected(theirs, ["a b"], ["c d"], 512))
+
+
 def test_threads_get_the_ids_of_one_thread(folder):
     tokenizer = PairTokenizer.load(folder, max_length=20)
     texts = _corpus(seed=8, texts=200)
@@ -253,6 +267,10 @@ def test_bad_input_is_named(tmp_path):
         PairTokenizer.load(tmp_path)
     with pytest.raises(OSError, match="give the path of its folder"):
         PairTokenizer.load("fastrank/no-such-model", local_files_only=True)
+    for model_type in ("bert", "roberta", "xlm-roberta"):  # without tokenizer files transformers makes an empty one
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+        with pytest.raises(ValueError, match="has no vocabulary"):
+            PairTokenizer.load(tmp_path)
     backend = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
     assert not isinstance(backend, BertTokenizer)
     with pytest.raises(ValueError, match="not a fast tokenizer"):
