@@ -4,6 +4,7 @@ Saved for the backward are the inputs, the mean and the inverse deviation of eac
 there.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import Function
@@ -13,33 +14,51 @@ from fastrank import _cpu
 
 
 def layer_norm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return _LayerNorm.apply(x, residual, weight, bias, eps)
+    if torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (x, residual, weight, bias)
+    ):
+        return _LayerNorm.apply(x, residual, weight, bias, eps)
+    return _forward(x, residual, weight, bias, eps, None, None)
 
 
-def _array(tensor: Tensor | None):
-    return None if tensor is None else tensor.detach().numpy()
+def _array(tensor: Tensor | None) -> np.ndarray | None:
+    return None if tensor is None else tensor.detach().contiguous().numpy()
+
+
+def _forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    means: Tensor | None,
+    inverse_deviations: Tensor | None,
+) -> Tensor:
+    out = torch.empty(x.shape, dtype=torch.float32)
+    arrays = map(_array, (x, residual, weight, bias))
+    _cpu.layer_norm_forward(
+        *arrays, eps, out.numpy(), _array(means), _array(inverse_deviations), torch.get_num_threads()
+    )
+    return out
 
 
 class _LayerNorm(Function):
     @staticmethod
     def forward(ctx, x, residual, weight, bias, eps):
-        x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
-        residual = None if residual is None else residual.contiguous()
-        out = torch.empty_like(x)
-        statistics = [x.new_empty(len(x)) for _ in range(2)] if any(ctx.needs_input_grad) else [None, None]
-        arrays = [_array(tensor) for tensor in (x, residual, weight, bias)]
-        _cpu.layer_norm_forward(*arrays, eps, *map(_array, (out, *statistics)), torch.get_num_threads())
+        statistics = [torch.empty(len(x), dtype=torch.float32) for _ in range(2)]
         ctx.save_for_backward(x, residual, weight, *statistics)
-        return out
+        return _forward(x, residual, weight, bias, eps, *statistics)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
         x, residual, weight, *statistics = ctx.saved_tensors
         x_needed, residual_needed, weight_needed, bias_needed, _ = ctx.needs_input_grad
-        dx = torch.empty_like(x)
-        dweight, dbias = (torch.empty_like(weight) if weight_needed or bias_needed else None for _ in range(2))
-        inputs = [_array(tensor) for tensor in (dout.contiguous(), x, residual, weight, *statistics)]
+        dx = torch.empty(x.shape, dtype=torch.float32)
+        dweight, dbias = (
+            torch.empty(weight.shape, dtype=torch.float32) if weight_needed or bias_needed else None for _ in range(2)
+        )
+        inputs = map(_array, (dout, x, residual, weight, *statistics))
         _cpu.layer_norm_backward(*inputs, *map(_array, (dx, dweight, dbias)), torch.get_num_threads())
         return (
             dx if x_needed else None,
