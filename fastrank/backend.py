@@ -145,9 +145,8 @@ def backends_command(argv: list[str]) -> int:
         return 0
     facts = machine()
     offered = f" (this processor offers {', '.join(facts['instruction_sets'])})" if facts["instruction_sets"] else ""
-    print(
-        f"instruction set {facts['instruction_set']}{offered}, {facts['num_threads']} threads, torch {facts['torch']}"
-    )
+    instruction_set = facts["instruction_set"] or "none"
+    print(f"instruction set {instruction_set}{offered}, {facts['num_threads']} threads, torch {facts['torch']}")
     rows = [("operation", "backend", "runs", "")]
     for row in table():
         note = ", ".join(row["dtypes"]) if row["runs"] else " ".join(row["refusals"])

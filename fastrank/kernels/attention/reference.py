@@ -12,7 +12,7 @@ from torch import Tensor
 def attention(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, query_offsets: Tensor | None, scale: float) -> Tensor:
     key_bounds = offsets.tolist()
     query_bounds = key_bounds if query_offsets is None else query_offsets.tolist()
-    outputs = [q.new_zeros((0, *q.shape[1:]))]
+    outputs = [q[:0]]
     for pair in range(len(key_bounds) - 1):
         queries = q[query_bounds[pair] : query_bounds[pair + 1]].transpose(0, 1)  # (heads, queries, head_dim)
         keys = k[key_bounds[pair] : key_bounds[pair + 1]].transpose(0, 1)
