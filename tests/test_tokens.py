@@ -155,6 +155,7 @@ def _long_texts():
         "word " * 12 + "y" * 100_000,
         "🤖" * 25_000,
         "שלום עולם " * 10_000,
+        ("x" * 500 + " y ") * 1000,  # words that WordPiece gives up on: few tokens for many characters
     ]
 
 
@@ -168,6 +169,24 @@ def test_long_texts_keep_the_ids_that_can_survive(folder):
             assert len(ids[i]) >= min(enough, len(whole))
         if i == 0:
             assert len(ids[i]) < 10_000, "a megabyte of English should not be read to its end"
+
+
+@pytest.mark.parametrize(
+    "limits", [{}, {"max_document_tokens": 9}, {"max_query_tokens": 9}, {"max_document_tokens": 60}]
+)
+def test_enough_tokens_leave_every_pair_as_it_is(folder, limits):
+    tokenizer = PairTokenizer.load(folder, max_length=33, **limits)
+    document = "x " * 3000
+    (whole,) = tokenizer.encode([document])
+    for size in (1, 8, 13, 14, 15, 27, 28, 29, 30, 31, 60, 500, 4000):
+        (query,) = tokenizer.encode(["a " * size])
+        enough = tokenizer.enough_tokens(len(query))
+        (start,) = tokenizer.encode([document], enough=enough)
+        assert (enough is None) == (len(start) == len(whole))
+        expected = [part.tolist() for part in tokenizer.pair(query, whole)]
+        for kept in (start, whole[:enough]):
+            assert [part.tolist() for part in tokenizer.pair(query, kept)] == expected
+    assert (tokenizer.enough_tokens(4000) is None) == ("max_query_tokens" not in limits)
 
 
 def test_words_are_only_independent_where_the_tokenizer_splits_at_spaces():
