@@ -196,7 +196,7 @@ class PairTokenizer:
         Arguments:
             query_ids, document_ids: int32 (tokens,) from `encode`.
 
-        Returns ids and token types, both int32 (tokens of the pair,); the caller must not write into the types.
+        Returns ids and token types, both int32 (tokens of the pair,).
         """
         num_query, num_document = self.kept_tokens(len(query_ids), len(document_ids))
         if num_query < len(query_ids) or num_document < len(document_ids):
@@ -205,7 +205,9 @@ class PairTokenizer:
             query_ids = self._cut(query_ids, num_query)
             document_ids = self._cut(document_ids, num_document)
         ids = np.concatenate((self._prefix, query_ids, self._middle, document_ids, self._suffix))
-        return ids, self._types(num_query, len(ids))
+        counts = self._type_counts.copy()
+        counts[self._query_place], counts[self._document_place] = num_query, num_document
+        return ids, self._type_values.repeat(counts)
 
     def kept_tokens(self, num_query: int, num_document: int) -> tuple[int, int]:
         """How many tokens of a query and of a document stay in their pair.
@@ -234,18 +236,6 @@ class PairTokenizer:
 
     def _cut(self, ids: np.ndarray, count: int) -> np.ndarray:
         return ids[len(ids) - count :] if self._keep_end else ids[:count]
-
-    def _types(self, num_query: int, total: int) -> np.ndarray:
-        types = np.empty(total, dtype=np.int32)
-        middle = len(self._prefix) + num_query
-        document = middle + len(self._middle)
-        end = total - len(self._suffix)
-        types[: len(self._prefix)] = self._prefix_types
-        types[len(self._prefix) : middle] = self._query_type
-        types[middle:document] = self._middle_types
-        types[document:end] = self._document_type
-        types[end:] = self._suffix_types
-        return types
 
     def _encode_whole(self, texts: list[str]) -> list[np.ndarray]:
         try:
@@ -291,11 +281,16 @@ class PairTokenizer:
                 f"{type(self._tokenizer).__name__} does not encode a pair as its query followed by "
                 "its document, so pairs cannot be built with it."
             )
-        self._prefix, self._prefix_types = ids[: query[0]], types[: query[0]]
-        between = slice(query[-1] + 1, document[0])
-        self._middle, self._middle_types = ids[between], types[between]
-        self._suffix, self._suffix_types = ids[document[-1] + 1 :], types[document[-1] + 1 :]
-        self._query_type, self._document_type = types[query[0]], types[document[0]]
+        self._prefix, self._middle, self._suffix = (
+            ids[: query[0]],
+            ids[query[-1] + 1 : document[0]],
+            ids[document[-1] + 1 :],
+        )
+        # The types of a pair: one for each special token, and one each for the query and the document, repeated.
+        self._type_values = np.delete(types, [*query[1:], *document[1:]])
+        self._type_counts = np.ones(len(self._type_values), dtype=np.int64)
+        self._query_place = len(self._prefix)
+        self._document_place = self._query_place + 1 + len(self._middle)
 
 
 def _without_surrogates(text: str, position: int) -> str:
