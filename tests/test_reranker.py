@@ -12,7 +12,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig
+from test_tokens import MAKERS
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BertConfig
 
 import fastrank
 from fastrank import Ranking, Reranker
@@ -101,6 +102,41 @@ def test_scores_equal_sentence_transformers(real, tmp_path):
     identity = _copy(real, tmp_path / "old", sbert_ce_default_activation_function="torch.nn.modules.linear.Identity")
     assert np.abs(Reranker(identity).predict(pairs[:4]) - CrossEncoder(identity).predict(pairs[:4])).max() < 1e-4
     assert np.abs(Reranker(identity, activation="sigmoid").predict(pairs[:4]) - theirs.predict(pairs[:4])).max() < 1e-4
+
+
+@pytest.mark.parametrize("family", ["wordpiece", "byte_level_bpe", "unigram"])
+def test_every_family_equals_sentence_transformers(family, tmp_path):
+    from sentence_transformers import CrossEncoder
+
+    tokenizer = MAKERS[family]()
+    tokenizer.model_max_length = 10**30  # the model's positions are the limit then
+    model_type, offset = {"wordpiece": ("electra", 0), "byte_level_bpe": ("roberta", 2), "unigram": ("xlm-roberta", 2)}[
+        family
+    ]
+    torch.manual_seed(2)
+    config = AutoConfig.for_model(
+        model_type,
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        num_labels=1,
+        max_position_embeddings=100 + offset,
+        type_vocab_size=1 if offset else 2,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.3,
+    )
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    texts = ["", "a", " leading space", "été 🤖 naïve", "the cat sat " * 20, "cat " * 300, "x" * 40]
+    pairs = [(query, document) for query in texts for document in texts]
+    # sentence-transformers does not subtract RoBERTa's offset from the positions.
+    theirs = CrossEncoder(str(tmp_path), device="cpu", activation_fn=torch.nn.Identity(), max_length=100)
+    with pytest.warns(UserWarning, match="max_length=100"):
+        raw = Reranker(tmp_path).predict(pairs, activation="none")
+    assert raw.std() > 0.3
+    assert np.abs(raw - theirs.predict(pairs)).max() < 1e-4
 
 
 def test_two_labels_score_by_the_log_probability_of_the_second(tmp_path):
