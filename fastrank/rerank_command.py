@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import io
 import json
-import logging
 import os
 import shutil
 import sys
@@ -47,8 +46,6 @@ def rerank_command(argv: Sequence[str]) -> int:
         options = _parse([_with_underscores(word) for word in argv])
     except SystemExit as stop:
         return int(stop.code or 0)
-    for library in ("huggingface_hub", "transformers"):
-        logging.getLogger(library).setLevel(logging.ERROR)  # their retries and hints would surround the sentence
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: print(f"fastrank rerank: {message}", file=sys.stderr)
@@ -64,8 +61,13 @@ def rerank_command(argv: Sequence[str]) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
+    import huggingface_hub
+    import transformers
+
     from fastrank.reranker import Reranker
 
+    for library in (huggingface_hub, transformers):
+        library.logging.set_verbosity_error()  # their retries and hints would surround the one sentence of an error
     # What is wrong with the files shows before the model is loaded.
     blocks = _lists_of_run(options) if options.run else None
     model_options = {name: getattr(options, name) for name in OPTIONS if getattr(options, name) is not None}
