@@ -27,7 +27,7 @@ from fastrank.reranker import Reranker
 from fastrank.tokens import PairTokenizer
 
 from .config import TrainConfig
-from .loop import train
+from .loop import check_folder, train
 from .report import plot_curves, read_log
 
 MEASURE = "nDCG@10"
@@ -76,6 +76,8 @@ def demo_command(argv: Sequence[str]) -> int:
         "seed": SEED,
         "overwrite": True,
     }
+    second = TrainConfig(model="first stage", train_data=labelled, output_dir=str(folder), loss="lce", **shared)
+    check_folder(second)
     with tempfile.TemporaryDirectory() as stages:
         start = _start_weights(base, Path(stages) / "start")
         untrained = _cross_encoder_scores(start, corpus.test.lists[:UNTRAINED_QUERIES])
@@ -92,7 +94,8 @@ def demo_command(argv: Sequence[str]) -> int:
             )
         )
         _say("second stage: LCE on the labels")
-        train(TrainConfig(model=str(first), train_data=labelled, output_dir=str(folder), loss="lce", **shared))
+        second.model = str(first)
+        train(second)
         log = read_log(first)
     log += [record | {"step": record["step"] + log[-1]["step"]} for record in read_log(folder)]
     _say(f"measuring on {arguments.num_queries} test queries")

@@ -158,33 +158,48 @@ def _print_plan(config: TrainConfig, feed: Feed, num_steps: int) -> None:
     )
 
 
+def check_folder(config: TrainConfig) -> None:
+    """Refuses an output folder that holds other files, or another run's where they are to stay.
+
+    Raises:
+        ValueError: What lies there, and what to do.
+    """
+    folder = Path(config.output_dir)
+    left = _left_in(folder)
+    if left and config.overwrite:
+        if not (folder / CONFIG_FILE).exists():
+            raise ValueError(
+                f"{folder} holds files that no training run left ({left[0].name}): --overwrite would delete them."
+            )
+    elif left and not config.resume:
+        raise ValueError(
+            f"{folder} is not empty: go on with --resume, start anew with --overwrite, or name another folder."
+        )
+    elif (folder / CONFIG_FILE).exists():
+        different = config.differences(read_yaml(folder / CONFIG_FILE))
+        if different:
+            raise ValueError(
+                f"{folder} was trained with another {', '.join(different)} ({CONFIG_FILE} there says which): "
+                "give the same, or start anew with --overwrite."
+            )
+
+
+def _left_in(folder: Path) -> list[Path]:
+    # The lock file stays: unlinking it would let two later runs lock two different files of that name.
+    return sorted(entry for entry in folder.iterdir() if entry.name != ".lock") if folder.exists() else []
+
+
 @contextlib.contextmanager
 def _claimed(folder: Path, config: TrainConfig):
-    """Holds the folder against a second run, and refuses one that holds other files or another run's."""
+    """Holds the folder against a second run; with overwrite, what an earlier run left goes."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ValueError(f"{folder} is in use by another training run that is still going.") from None
-        # The lock file stays: unlinking it would let two later runs lock two different files of that name.
-        left = [entry for entry in folder.iterdir() if entry.name != ".lock"]
-        if left and config.overwrite:
-            if not (folder / CONFIG_FILE).exists():
-                raise ValueError(
-                    f"{folder} holds files that no training run left ({left[0].name}): --overwrite would delete them."
-                )
-            for entry in left:
+        check_folder(config)
+        if config.overwrite:
+            for entry in _left_in(folder):
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        elif left and not config.resume:
-            raise ValueError(
-                f"{folder} is not empty: go on with --resume, start anew with --overwrite, or name another folder."
-            )
-        elif (folder / CONFIG_FILE).exists():
-            different = config.differences(read_yaml(folder / CONFIG_FILE))
-            if different:
-                raise ValueError(
-                    f"{folder} was trained with another {', '.join(different)} ({CONFIG_FILE} there says which): "
-                    "give the same, or start anew with --overwrite."
-                )
         yield
