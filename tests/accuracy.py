@@ -6,6 +6,9 @@ filled with NaN.
 """
 
 import contextlib
+import ctypes
+import math
+import mmap
 from collections.abc import Callable, Iterator, Mapping
 
 import pytest
@@ -36,13 +39,28 @@ def poisoned_memory() -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
+def before_a_wall(tensor: Tensor) -> Tensor:
+    """A contiguous copy whose last byte is followed by memory that no one may read: a kernel that does is killed."""
+    if not tensor.numel():
+        return tensor.clone()
+    size = tensor.numel() * tensor.element_size()
+    room = math.ceil(size / mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, room + mmap.PAGESIZE)
+    wall = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + room
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(wall), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=room - size)
+    return copy.reshape(tensor.shape).copy_(tensor)
+
+
 def outputs_and_gradients(
     run: Callable[..., Outputs], inputs: Mapping[str, Tensor | None], dtype: torch.dtype, seed: int = 0
 ) -> dict[str, Tensor]:
-    """The outputs of run(**inputs) in `dtype` and the gradient of every floating input, for a random upstream
-    gradient."""
+    """The outputs of run(**inputs) in `dtype` and the gradient of every floating input, for a random upstream gradient.
+
+    The inputs lie before a wall, so that reading past the end of one does not go unseen.
+    """
     leaves = {
-        name: value.detach().to(dtype, copy=True).requires_grad_()
+        name: before_a_wall(value.detach().to(dtype)).requires_grad_()
         for name, value in inputs.items()
         if value is not None and value.is_floating_point()
     }

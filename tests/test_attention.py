@@ -71,6 +71,13 @@ def test_saturated_softmax_keeps_its_digits(backend, head_dim, largest):
     assert_accurate(run, inputs, backend=backend)
 
 
+def test_scores_far_below_zero(backend):
+    # Past the last key a score is 0; that must not count as e^(0 - maximum).
+    qkv = draw(30, 3, 2, 32)
+    qkv[:, 0, :, 0], qkv[:, 1, :, 0] = 100, -100
+    assert_accurate(run_fused((13, 17)), {"qkv": qkv}, backend=backend)
+
+
 def test_small_probabilities_keep_their_relative_accuracy(backend):
     # Two keys with the scores 0 and x, the values 0 and 1: the output is e^x / (1 + e^x), the exponential almost bare.
     x = torch.linspace(-86, 0, 20_001)
