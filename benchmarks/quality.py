@@ -19,7 +19,7 @@ from fastrank.data import DataSource, load_data
 from fastrank.evaluate import evaluate, run_from_scores
 
 LIMITS = {
-    "scifact": {"max_query_tokens": 40, "max_document_tokens": 160},
+    "scifact": {"max_query_tokens": 40, "max_document_tokens": 128},
     "dl19": {"max_query_tokens": 24, "max_document_tokens": 96},
     "dl20": {"max_query_tokens": 24, "max_document_tokens": 96},
 }

@@ -43,6 +43,8 @@ def _parse(argv: list[str]) -> TrainConfig | None:
         exit_on_error=False,
     )
     parser.add_class_arguments(TrainConfig, fail_untyped=False)
+    # What is required may stand in the file; TrainConfig.from_mapping asks for what is in neither.
+    parser.set_defaults({"model": "", "train_data": "", "output_dir": ""})
     parser.add_argument("--print_config", action="store_true", help="Print the whole configuration as YAML and stop.")
     if {"-h", "--help"} & set(argv):
         parser.print_help()
