@@ -30,28 +30,29 @@ void for_each_list(const ListwiseBatch& batch, int num_threads, const Body& body
   for (const int64_t i : shared) body(i, num_threads);
 }
 
-struct LabelOrder {
-  std::vector<int32_t> documents;  // highest label first, equal labels in input order
-  std::vector<int32_t> lower;      // (n + ROWS,) for each position the first one with a lower label; n at the end
+struct Order {
+  std::vector<int32_t> documents;  // highest value first, equal values in input order
+  std::vector<int32_t> lower;      // (n + ROWS,) for each position the first one with a lower value; n at the end
 };
 
-LabelOrder order_by_label(const double* labels, int64_t n) {
+template <class Value>
+Order order_by(const Value* values, int64_t n) {
   struct Keyed {
     uint64_t key;
     int32_t document;
   };
   std::vector<Keyed> keyed(n);
   for (int64_t i = 0; i < n; ++i) {
-    const double label = labels[i] + 0.0;  // -0 becomes +0
+    const double value = values[i] + 0.0;  // -0 becomes +0
     uint64_t bits;
-    std::memcpy(&bits, &label, sizeof bits);
+    std::memcpy(&bits, &value, sizeof bits);
     // Integers in the order of the doubles, reversed: a total order, so that even a NaN cannot lead the sort astray.
     keyed[i] = {bits >> 63 ? bits : ~bits & ~(uint64_t{1} << 63), static_cast<int32_t>(i)};
   }
   std::sort(keyed.begin(), keyed.end(), [](const Keyed& a, const Keyed& b) {
     return a.key != b.key ? a.key < b.key : a.document < b.document;
   });
-  LabelOrder order{std::vector<int32_t>(n), std::vector<int32_t>(n + ROWS, static_cast<int32_t>(n))};
+  Order order{std::vector<int32_t>(n), std::vector<int32_t>(n + ROWS, static_cast<int32_t>(n))};
   for (int64_t i = n - 1; i >= 0; --i) {
     order.documents[i] = keyed[i].document;
     if (i + 1 < n) order.lower[i] = keyed[i].key == keyed[i + 1].key ? order.lower[i + 1] : static_cast<int32_t>(i + 1);
@@ -88,7 +89,8 @@ struct RankNetPairs {
   vfloat total(const Column& column) const { return column.linear + log1p_nonnegative(column.product); }
 };
 
-// The smooth rank of a document, less 1, is its sum of sigmoid((score of the other - own score) / temperature).
+// Of documents sorted by score, highest first: how far each smooth rank lies behind its position, the sum over the documents
+// after it of sigmoid(d), less that over those before it; d = (later score - earlier score) / temperature is never positive.
 struct SmoothRankPairs {
   const float* scores;
   float temperature;
@@ -102,18 +104,15 @@ struct SmoothRankPairs {
 
   template <bool MASKED>
   PairTerms visit(const Row& row, const Column& column, vint mask) const {
-    const vfloat d = (column.score - row.score) / temperature;
-    const vfloat e = exp_nonpositive(-abs(d));
-    const vfloat high = 1.f / (e + 1.f);
-    const vfloat low = e * high;
-    PairTerms terms{select(d > 0.f, high, low), select(d > 0.f, low, high)};
-    if constexpr (MASKED) terms = {select(mask, terms.row, vfloat{}), select(mask, terms.column, vfloat{})};
-    return terms;
+    const vfloat e = exp_nonpositive((column.score - row.score) / temperature);
+    vfloat sigmoid = e / (e + 1.f);
+    if constexpr (MASKED) sigmoid = select(mask, sigmoid, vfloat{});
+    return {sigmoid, -sigmoid};
   }
   vfloat total(const Column&) const { return vfloat{}; }
 };
 
-// From the gradients with respect to the smooth ranks to those with respect to the scores.
+// From the gradients with respect to those smooth ranks to those with respect to the scores.
 struct SmoothRankGradientPairs {
   const float* scores;
   const float* rank_gradients;
@@ -128,9 +127,9 @@ struct SmoothRankGradientPairs {
 
   template <bool MASKED>
   PairTerms visit(const Row& row, const Column& column, vint mask) const {
-    const vfloat e = exp_nonpositive(-abs((column.score - row.score) / temperature));
-    const vfloat high = 1.f / (e + 1.f);
-    vfloat term = e * high * high * (column.rank_gradient - row.rank_gradient);
+    const vfloat e = exp_nonpositive((column.score - row.score) / temperature);
+    const vfloat inverse = 1.f / (e + 1.f);
+    vfloat term = e * inverse * inverse * (column.rank_gradient - row.rank_gradient);
     if constexpr (MASKED) term = select(mask, term, vfloat{});
     return {term, -term};
   }
@@ -142,7 +141,7 @@ struct SmoothRankGradientPairs {
 void ranknet(const ListwiseBatch& batch, const ListwiseOptions& options, int num_threads) {
   for_each_list(batch, num_threads, [&](int64_t list, int threads) {
     const int64_t begin = batch.offsets[list], n = batch.offsets[list + 1] - begin;
-    const LabelOrder order = order_by_label(batch.labels + begin, n);
+    const Order order = order_by(batch.labels + begin, n);
     std::vector<float> scores(whole_vectors(n));
     int64_t terms = 0;
     for (int64_t i = 0; i < n; ++i) {
@@ -194,35 +193,39 @@ void lce(const ListwiseBatch& batch, const ListwiseOptions& options, int num_thr
 void adr_mse(const ListwiseBatch& batch, const ListwiseOptions& options, int num_threads) {
   for_each_list(batch, num_threads, [&](int64_t list, int threads) {
     const int64_t begin = batch.offsets[list], n = batch.offsets[list + 1] - begin;
-    std::vector<float> scores(whole_vectors(n)), rank_gradients(whole_vectors(n));
-    std::vector<int32_t> first(n + ROWS, static_cast<int32_t>(n));
+    const Order by_score = order_by(batch.scores + begin, n), by_label = order_by(batch.labels + begin, n);
+    std::vector<float> scores(whole_vectors(n)), sorted_gradients(whole_vectors(n));
+    std::vector<int32_t> next(n + ROWS, static_cast<int32_t>(n));
     for (int64_t i = 0; i < n; ++i) {
-      scores[i] = batch.scores[begin + i];
-      first[i] = static_cast<int32_t>(i + 1);
+      scores[i] = batch.scores[begin + by_score.documents[i]];
+      next[i] = static_cast<int32_t>(i + 1);
     }
     const float temperature = static_cast<float>(options.temperature);
-    std::vector<double> sums(n);
-    sweep_pairs(SmoothRankPairs{scores.data(), temperature}, n, first.data(), sums.data(), threads);
+    std::vector<double> sums(n), smooth_ranks(n), rank_gradients(n);
+    sweep_pairs(SmoothRankPairs{scores.data(), temperature}, n, next.data(), sums.data(), threads);
+    for (int64_t i = 0; i < n; ++i) smooth_ranks[by_score.documents[i]] = 1 + i + sums[i];
 
-    const LabelOrder order = order_by_label(batch.labels + begin, n);
     double loss = 0;
     int64_t tied_from = 0;
     for (int64_t i = 0; i < n; ++i) {
-      if (i > 0 && order.lower[i] != order.lower[i - 1]) tied_from = i;
-      const double teacher_rank = options.average_ties ? 0.5 * (tied_from + 1 + order.lower[i]) : i + 1;
+      if (i > 0 && by_label.lower[i] != by_label.lower[i - 1]) tied_from = i;
+      const double teacher_rank = options.average_ties ? 0.5 * (tied_from + 1 + by_label.lower[i]) : i + 1;
       const double discount = options.discount == RankDiscount::LOG2         ? std::log2(teacher_rank + 1)
                               : options.discount == RankDiscount::RECIPROCAL ? teacher_rank
                                                                              : 1;
-      const int64_t document = order.documents[i];
-      const double off = 1 + sums[document] - teacher_rank;
-      loss += off * off / discount;
-      rank_gradients[document] = static_cast<float>(2 * off / discount);
+      const int64_t document = by_label.documents[i];
+      const double error = smooth_ranks[document] - teacher_rank;
+      loss += error * error / discount;
+      rank_gradients[document] = 2 * error / discount;
     }
     batch.sums[list] = static_cast<float>(loss);
     batch.terms[list] = n;
 
-    sweep_pairs(SmoothRankGradientPairs{scores.data(), rank_gradients.data(), temperature}, n, first.data(), sums.data(), threads);
-    for (int64_t i = 0; i < n; ++i) batch.gradients[begin + i] = static_cast<float>(sums[i] / options.temperature);
+    for (int64_t i = 0; i < n; ++i) sorted_gradients[i] = static_cast<float>(rank_gradients[by_score.documents[i]]);
+    sweep_pairs(SmoothRankGradientPairs{scores.data(), sorted_gradients.data(), temperature}, n, next.data(), sums.data(),
+                threads);
+    for (int64_t i = 0; i < n; ++i)
+      batch.gradients[begin + by_score.documents[i]] = static_cast<float>(sums[i] / options.temperature);
   });
 }
 
