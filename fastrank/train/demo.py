@@ -49,8 +49,8 @@ def demo_command(argv: Sequence[str]) -> int:
     """Runs the demo; the last line of stdout is one JSON object. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m fastrank.train --demo", description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="folder of the checkpoint")
-    parser.add_argument("--num_lists", type=int, default=900, help="lists to train on; fewer for a quick look")
-    parser.add_argument("--num_queries", type=int, default=120, help="test queries to measure on")
+    parser.add_argument("--num_lists", type=int, default=720, help="lists to train on; fewer for a quick look")
+    parser.add_argument("--num_queries", type=int, default=100, help="test queries to measure on")
     arguments = parser.parse_args(list(argv))
     started = time.perf_counter()
     base, folder = _base_weights(), arguments.output_dir
