@@ -72,10 +72,14 @@ def test_saturated_softmax_keeps_its_digits(backend, head_dim, largest):
 
 
 def test_scores_far_below_zero(backend):
-    # Past the last key a score is 0; that must not count as e^(0 - maximum).
+    # Lanes past the last key must not count as scores of 0: e^(0 - maximum) may be anything, infinity and NaN included.
     qkv = draw(30, 3, 2, 32)
     qkv[:, 0, :, 0], qkv[:, 1, :, 0] = 100, -100
     assert_accurate(run_fused((13, 17)), {"qkv": qkv}, backend=backend)
+    qkv = draw(4000, 3, 1, 1)
+    qkv[:, 0, 0, 0], qkv[:, 1, 0, 0] = torch.linspace(-400, 0, 4000), 1
+    out, gradient = gradients_of(qkv, [1] * 4000, backend)
+    assert torch.equal(out, qkv[:, 2]) and not gradient[:, :2].any() and gradient[:, 2].isfinite().all()
 
 
 def test_small_probabilities_keep_their_relative_accuracy(backend):
