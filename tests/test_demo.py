@@ -27,7 +27,7 @@ def test_the_demo_trains_and_shows_how_to_re_rank(tmp_path):
     assert figures["bm25"] > figures["untrained"] and figures["pairs_per_second"] > 0
     folder = tmp_path / "runs" / "demo"
     assert (folder / "curves.png").stat().st_size > 10_000
-    assert [record["step"] for record in read_log(folder) if "ndcg_at_10" in record] == [0, 1, 2]
+    assert [record["step"] for record in read_log(folder) if "ndcg_at_10" in record] == [0, 2, 3]
     assert any("BM25" in line and f"{figures['bm25']:.4f}" in line for line in lines)
     # The printed command really re-ranks, and so does the name "demo" in the same folder.
     (printed,) = [line for line in lines if line.strip().startswith("python -c")]

@@ -1,4 +1,4 @@
-"""bias_gelu against its definition in float64, over the range of floats, and with the properties that a kernel must keep."""
+"""bias_gelu against its definition in float64, over the range of floats, and on any number of threads."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The trainer: a step equals a plain padded loop, cutting never shows, a killed run ends where one that never stopped does."""
+"""The trainer: steps equal a plain padded loop, cuts never show, a killed run ends as one that never stopped."""
 
 from __future__ import annotations
 
@@ -212,12 +212,20 @@ def test_learning_rate():
 
 
 def test_training_learns_and_keeps_the_best(checkpoint, tmp_path):
-    """Learning the copied query lifts nDCG@10; the folder holds the weights of the best evaluation, not the last."""
+    """One telling word lifts nDCG@10; the folder holds the weights of the best evaluation, not the last."""
     from fastrank import Reranker
 
+    def tell(lists):
+        return [
+            RankingList(
+                o.query, [("good " if y else "bad ") + d for d, y in zip(o.documents, o.labels, strict=True)], o.labels
+            )
+            for o in lists
+        ]
+
     config = make_config(
-        checkpoint, tmp_path / "run", train_data=make_lists(120), eval_data=make_lists(30, seed=1), eval_steps=10,
-        num_train_epochs=3, warmup_steps=0.1,
+        checkpoint, tmp_path / "run", train_data=tell(make_lists(120)), eval_data=tell(make_lists(30, seed=1)),
+        eval_steps=10, num_train_epochs=3, warmup_steps=0.1, learning_rate=3e-3,
     )  # fmt: skip
     folder = train(config, quiet=True)
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
@@ -377,8 +385,8 @@ def test_the_command(checkpoint, tmp_path):
     config = make_config(checkpoint, tmp_path / "a", train_data=str(tmp_path / "lists.jsonl"), max_steps=9)
     (tmp_path / "run.yaml").write_text(to_yaml(config))
     result = run_command(
-        str(tmp_path / "run.yaml"), "--output-dir", str(tmp_path / "b"), "--max_steps=2", "--warmup_ratio", "0.5", "--overwrite",
-        "--loss_options", "{temperature: 2.0}",
+        str(tmp_path / "run.yaml"), "--output-dir", str(tmp_path / "b"), "--max_steps=2",
+        "--warmup_ratio", "0.5", "--overwrite", "--loss_options", "{temperature: 2.0}",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     records = [json.loads(line) for line in result.stdout.splitlines()]
@@ -405,9 +413,9 @@ def test_the_command(checkpoint, tmp_path):
         (["stray.yaml", "more"], "neither a YAML file nor a recipe"),
         (["--model", "{folder}/none", "--train_data", "{folder}/lists.jsonl", "--output_dir", "{folder}/o"], "none"),
         (["--model", "m", "--train_data", "{folder}/bad.jsonl", "--output_dir", "{folder}/o"], "bad.jsonl:2:"),
-        (["--model", "m", "--train_data", "{{runs: x}}", "--output_dir", "{folder}/o"], "the nearest known one is 'run'"),
-        (["--model", "m", "--train_data", "{folder}/lists.jsonl", "--output_dir", "o", "--max_steps", "ten"], "max_steps"),
-        (["--model", "{folder}", "--train_data", "{folder}/lists.jsonl", "--output_dir", "o", "--loss", "ranknett"], "ranknet"),
+        (["--model", "m", "--train_data", "{{runs: x}}", "--output_dir", "o"], "the nearest known one is 'run'"),
+        (["--model", "m", "--train_data", "x", "--output_dir", "o", "--max_steps", "ten"], "max_steps"),
+        (["--model", "m", "--train_data", "{folder}/lists.jsonl", "--output_dir", "o", "--loss", "rnknet"], "ranknet"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_sentence(tmp_path, argv, sentence):

@@ -53,13 +53,15 @@ def train(config: TrainConfig, *, quiet: bool = False) -> Path:
         evaluation = None if config.eval_data is None else EvaluationSet(config.eval_data, seed=config.seed)
         fingerprint = feed.fingerprint()
         progress = load_state(folder, trainer.model, trainer.optimizer) if config.resume else None
+        # A run that was killed before its first state begins anew, and so does its log.
+        logged_until = -1 if progress is None else progress.step
         progress = progress or Progress(data_fingerprint=fingerprint)
         if progress.data_fingerprint != fingerprint:
             raise ValueError(
                 f"The training data differ from those that {folder} was trained on: start anew with --overwrite."
             )
         (folder / CONFIG_FILE).write_text(to_yaml(config), encoding="utf-8")
-        report = Report(folder, num_steps, progress.step, quiet=quiet)
+        report = Report(folder, num_steps, logged_until, quiet=quiet)
         try:
             _announce(report, trainer, feed, num_steps, progress)
             _run(trainer, feed, evaluation, num_steps, progress, report)

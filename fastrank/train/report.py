@@ -26,10 +26,10 @@ def read_log(folder: Path) -> list[dict]:
 
 
 class Report:
-    """Prints and stores a run's records; a resumed run first drops the records behind its state."""
+    """Prints and stores a run's records; a resumed run first drops those of steps after `logged_until`."""
 
-    def __init__(self, folder: Path, num_steps: int, first_step: int, *, quiet: bool = False):
-        records = [record for record in read_log(folder) if record["step"] <= first_step]
+    def __init__(self, folder: Path, num_steps: int, logged_until: int, *, quiet: bool = False):
+        records = [record for record in read_log(folder) if record["step"] <= logged_until]
         aside = folder / (LOG_FILE + ".writing")
         aside.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
         os.replace(aside, folder / LOG_FILE)
@@ -40,7 +40,7 @@ class Report:
         self._progress = None
         self._tensorboard = None
         if not quiet:
-            self._progress = _progress_bar(num_steps, first_step)
+            self._progress = _progress_bar(num_steps, max(0, logged_until))
             self._tensorboard = _tensorboard(folder)
 
     def line(self, text: str) -> None:
