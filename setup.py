@@ -9,7 +9,9 @@ from setuptools.command.build_ext import build_ext
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 # FASTRANK_ISA, floats in a vector, compiler flags. `plain` is whatever the target's baseline offers; its vectors are
-# sixteen wide, four registers each, so that loops made for AVX-512 are tested on every machine.
+# sixteen wide, four registers each, so that loops made for AVX-512 are tested on every machine. The order is that of
+# linking and must stay baseline first: where objects carry the same inline function of the standard library, the
+# linker keeps the first one, which every processor can run.
 INSTRUCTION_SETS = [("plain", 16, [])]
 if X86:
     INSTRUCTION_SETS += [

@@ -22,14 +22,18 @@ def pytest_configure(config):
     if config.getoption("--benchmark-full"):
         config.option.benchmark = True
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # Registered by hand, since a conftest's own hook is asked only about files beside it.
+    config.pluginmanager.register(Selection(config.getoption("--benchmark")))
 
 
-def pytest_ignore_collect(collection_path, config):
-    if collection_path.name.startswith("bench_") and not config.getoption("--benchmark"):
-        return True
-    if collection_path.name.startswith("test_") and config.getoption("--benchmark"):
-        return True
-    return None
+class Selection:
+    """Benchmarks or tests, never both."""
+
+    def __init__(self, benchmark: bool):
+        self._unwanted = "test_" if benchmark else "bench_"
+
+    def pytest_ignore_collect(self, collection_path):
+        return True if collection_path.name.startswith(self._unwanted) else None
 
 
 def pytest_terminal_summary(terminalreporter, config):
