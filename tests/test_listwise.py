@@ -244,6 +244,19 @@ def test_small_cases_worked_by_hand(backend, loss, options, scores, labels, expe
     assert terms.tolist() == [num_terms]
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("loss", ["ranknet", "lce"])
+def test_a_nearly_right_list_keeps_its_digits(loss, backend):
+    labels, offsets = torch.tensor([0, 1]), torch.tensor([0, 2], dtype=torch.int32)
+    for ahead in (5.0, 20.0, 40.0, 80.0):
+        scores = torch.tensor([0.0, ahead], requires_grad=True)
+        sums, _ = ops.listwise(loss, scores, labels, offsets, options={"temperature": 1.0}, backend=backend)
+        (gradient,) = torch.autograd.grad(sums, scores, torch.tensor([0.37]))
+        share = 1 / (1 + math.exp(ahead))
+        assert sums.item() == pytest.approx(math.log1p(math.exp(-ahead)), rel=1e-6, abs=0)
+        assert gradient.tolist() == pytest.approx([0.37 * share, -0.37 * share], rel=1e-6, abs=0)
+
+
 def test_teacher_ranks():
     labels = torch.tensor([3.0, 9.0, 3.0, math.inf, 3.0, -math.inf])
     assert reference.ranks(labels, "average").tolist() == [4, 2, 4, 1, 4, 6]
