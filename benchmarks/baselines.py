@@ -9,6 +9,13 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 
+def refusal(dtype: str) -> str:
+    """Why a dtype is not worth measuring here; empty where it is."""
+    if dtype == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "this processor has no bf16 instructions"
+    return ""
+
+
 class PaddedReranker:
     """Strings in, scores out: pairs sorted by tokens, fixed count a batch, padded to the longest of the batch."""
 

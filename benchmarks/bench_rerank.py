@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from baselines import PaddedReranker
+from baselines import PaddedReranker, refusal
 from timing import CLOCK, Comparison, Contender, best_setting
 from workloads import checkpoint, ranking_lists
 
@@ -49,6 +49,9 @@ def comparison(full) -> Comparison:
     notes = [f"{num_pairs} pairs of {source}, MiniLM-L6, from strings to scores; exact scores checked first"]
     few = lists[:1]
     for dtype in ("float32", "bf16"):
+        if reason := refusal(dtype):
+            contenders.append(Contender(f"transformers {dtype}", lambda: None, num_pairs, failure=reason))
+            continue
         padded = PaddedReranker(folder, dtype, MAX_LENGTH)
         size = best_setting(lambda size, padded=padded: lambda: padded.scores(few, size), BATCH_SIZES)
         contenders.append(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from baselines import PaddedTrainer
+from baselines import PaddedTrainer, refusal
 from timing import CLOCK, Comparison, Contender, best_setting
 from workloads import checkpoint, ranking_lists
 
@@ -45,6 +45,9 @@ def comparison(full, tmp_path_factory) -> Comparison:
         f"one step of {len(lists)} lists, {num_pairs} pairs of {source}, MiniLM-L6, RankNet, from strings, no dropout"
     ]
     for dtype in ("float32", "bf16"):
+        if reason := refusal(dtype):
+            contenders.append(Contender(f"transformers {dtype}", lambda: None, num_pairs, failure=reason))
+            continue
         padded = PaddedTrainer(folder, dtype, MAX_LENGTH)
         size = best_setting(lambda size, padded=padded: lambda: padded.step(lists[:1], size, update=False), BATCH_SIZES)
         contenders.append(
