@@ -38,30 +38,32 @@ inline __attribute__((always_inline)) void for_row(int64_t hidden, const Body& b
 
 inline float total(const vfloat (&sums)[4]) { return sum((sums[0] + sums[1]) + (sums[2] + sums[3])); }
 
+template <bool RESIDUAL>
 void forward_row(const LayerNormForward& arguments, int64_t row) {
   const int64_t hidden = arguments.hidden, begin = row * hidden;
-  const float *const x = arguments.x + begin, *const residual = arguments.residual;
+  const float *const x = arguments.x + begin, *const residual = arguments.residual + (RESIDUAL ? begin : 0);
+  const float *const weight = arguments.weight, *const bias = arguments.bias;
   float* const out = arguments.out + begin;
 
   vfloat sums[4] = {};
-  for_row(hidden, [&](int64_t i, int64_t count, int lane) __attribute__((always_inline)) {
+  for_row(hidden, [=, &sums](int64_t i, int64_t count, int lane) __attribute__((always_inline)) {
     vfloat value = load_some(x + i, count);
-    if (residual != nullptr) value += load_some(residual + begin + i, count);
+    if constexpr (RESIDUAL) value += load_some(residual + i, count);
     store_some(out + i, value, count);
     sums[lane] += value;
   });
   const float mean = total(sums) / hidden;
 
   vfloat squares[4] = {};
-  for_row(hidden, [&](int64_t i, int64_t count, int lane) __attribute__((always_inline)) {
+  for_row(hidden, [=, &squares](int64_t i, int64_t count, int lane) __attribute__((always_inline)) {
     const vfloat centred = load_some(out + i, count, mean) - mean;
     squares[lane] += centred * centred;
   });
   const float inverse_deviation = 1.f / std::sqrt(total(squares) / hidden + arguments.eps);
 
-  for_row(hidden, [&](int64_t i, int64_t count, int) __attribute__((always_inline)) {
+  for_row(hidden, [=](int64_t i, int64_t count, int) __attribute__((always_inline)) {
     const vfloat normal = (load_some(out + i, count) - mean) * inverse_deviation;
-    store_some(out + i, normal * load_some(arguments.weight + i, count) + load_some(arguments.bias + i, count), count);
+    store_some(out + i, normal * load_some(weight + i, count) + load_some(bias + i, count), count);
   });
   if (arguments.means != nullptr) {
     arguments.means[row] = mean;
@@ -70,30 +72,33 @@ void forward_row(const LayerNormForward& arguments, int64_t row) {
 }
 
 // dx = (g - mean(g) - n * mean(g * n)) / deviation, where n is the normalised row and g = dout * weight.
+template <bool RESIDUAL, bool SUMS>
 void backward_row(const LayerNormBackward& arguments, int64_t row, float* normal, float* dweight, float* dbias) {
   const int64_t hidden = arguments.hidden, begin = row * hidden;
-  const float *const x = arguments.x + begin, *const dout = arguments.dout + begin, *const residual = arguments.residual;
+  const float *const x = arguments.x + begin, *const residual = arguments.residual + (RESIDUAL ? begin : 0);
+  const float *const dout = arguments.dout + begin, *const weight = arguments.weight;
   const float mean = arguments.means[row], inverse_deviation = arguments.inverse_deviations[row];
   float* const dx = arguments.dx + begin;
 
   vfloat gradients[4] = {}, projections[4] = {};
-  for_row(hidden, [&](int64_t i, int64_t count, int lane) __attribute__((always_inline)) {
+  for_row(hidden, [=, &gradients, &projections](int64_t i, int64_t count, int lane) __attribute__((always_inline)) {
     vfloat value = load_some(x + i, count);
-    if (residual != nullptr) value += load_some(residual + begin + i, count);
+    if constexpr (RESIDUAL) value += load_some(residual + i, count);
     const vfloat n = (value - mean) * inverse_deviation, upstream = load_some(dout + i, count);
-    const vfloat g = upstream * load_some(arguments.weight + i, count);
+    const vfloat g = upstream * load_some(weight + i, count);
     store_some(normal + i, n, count);
     store_some(dx + i, g, count);
     gradients[lane] += g;
     projections[lane] += g * n;
-    if (dweight != nullptr) {
+    if constexpr (SUMS) {
       store_some(dweight + i, load_some(dweight + i, count) + upstream * n, count);
       store_some(dbias + i, load_some(dbias + i, count) + upstream, count);
     }
   });
   const float mean_gradient = total(gradients) / hidden, mean_projection = total(projections) / hidden;
-  for_row(hidden, [&](int64_t i, int64_t count, int) __attribute__((always_inline)) {
-    store_some(dx + i, (load_some(dx + i, count) - mean_gradient - load_some(normal + i, count) * mean_projection) * inverse_deviation, count);
+  for_row(hidden, [=](int64_t i, int64_t count, int) __attribute__((always_inline)) {
+    const vfloat n = load_some(normal + i, count), g = load_some(dx + i, count);
+    store_some(dx + i, (g - mean_gradient - n * mean_projection) * inverse_deviation, count);
   });
 }
 
@@ -103,7 +108,8 @@ void layer_norm_forward(const LayerNormForward& arguments) {
   const int num_threads = arguments.rows * arguments.hidden < SERIAL_FLOATS ? 1 : arguments.num_threads;
   parallel_for((arguments.rows + CHUNK_ROWS - 1) / CHUNK_ROWS, num_threads, [&](int64_t chunk) {
     const int64_t end = std::min(arguments.rows, (chunk + 1) * CHUNK_ROWS);
-    for (int64_t row = chunk * CHUNK_ROWS; row < end; ++row) forward_row(arguments, row);
+    const auto forward = arguments.residual == nullptr ? forward_row<false> : forward_row<true>;
+    for (int64_t row = chunk * CHUNK_ROWS; row < end; ++row) forward(arguments, row);
   });
 }
 
@@ -113,12 +119,14 @@ void layer_norm_backward(const LayerNormBackward& arguments) {
   const int64_t chunk_rows = std::max(CHUNK_ROWS, (rows + MOST_CHUNKS - 1) / MOST_CHUNKS);
   const int64_t chunks = (rows + chunk_rows - 1) / chunk_rows;
   const bool sums_wanted = arguments.dweight != nullptr;
+  const auto backward = arguments.residual == nullptr ? sums_wanted ? backward_row<false, true> : backward_row<false, false>
+                        : sums_wanted                 ? backward_row<true, true>
+                                                      : backward_row<true, false>;
   std::vector<float> memory(chunks * hidden * 3);  // dweight, dbias and the normalised row of each chunk
   parallel_for(chunks, num_threads, [&](int64_t chunk) {
     float* const own = memory.data() + chunk * hidden * 3;
     const int64_t end = std::min(rows, (chunk + 1) * chunk_rows);
-    for (int64_t row = chunk * chunk_rows; row < end; ++row)
-      backward_row(arguments, row, own + 2 * hidden, sums_wanted ? own : nullptr, own + hidden);
+    for (int64_t row = chunk * chunk_rows; row < end; ++row) backward(arguments, row, own + 2 * hidden, own, own + hidden);
   });
   if (!sums_wanted) return;
   std::fill_n(arguments.dweight, hidden, 0.f);
