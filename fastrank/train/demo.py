@@ -40,8 +40,8 @@ SEED = 7
 FIRST_STAGE_SHARE, EASY_SHARE = 0.45, 0.3
 UNTRAINED_QUERIES = 25  # random scores need no more to show what they are worth
 RERANK_SNIPPET = (
-    'import fastrank; print(fastrank.rerank("open a zip file", '
-    '["Sort a list in place.", "Read and write ZIP archives."], model="{model}"))'
+    'import fastrank; print(*fastrank.rerank("open a zip file", '
+    '["Sort a list in place.", "Read and write ZIP archives."], model="{model}"), sep="\\n")'
 )
 
 
