@@ -2,7 +2,8 @@
 // output. Outputs of tasks are disjoint, so neither threads nor the other pairs of a batch change a single bit.
 #include "attention.hpp"
 
-#include <cmath>
+#include <algorithm>
+#include <limits>
 #include <numeric>
 #include <vector>
 
@@ -13,7 +14,8 @@ namespace fastrank::FASTRANK_ISA {
 namespace {
 
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
-constexpr int64_t BLOCK_QUERIES = 4 * TALL;        // of the backward: the depth of its products over queries
+constexpr int64_t BLOCK_QUERIES = 24;                // of the backward: the depth of its products over queries
+static_assert(BLOCK_QUERIES % TALL == 0, "tiles must not reach past a block");
 constexpr int64_t SERIAL_MULTIPLICATIONS = 1 << 18;  // a call with less work than this stays on the calling thread
 
 // Lanes of the last key vector past the last key, as a mask of ones for those that hold a key.
@@ -31,6 +33,7 @@ struct Task {
 // Calls body(task) for every (pair, head), the pairs with the most work first, so that no thread ends long after the others.
 template <class Body>
 void for_each_task(const AttentionShape& shape, const Body& body) {
+  if (shape.num_heads == 0 || shape.head_dim == 0) return;
   const auto& [query_begins, query_ends] = shape.queries;
   const auto& [key_begins, key_ends] = shape.keys;
   std::vector<int64_t> work(shape.num_pairs), order(shape.num_pairs);

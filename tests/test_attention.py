@@ -278,6 +278,8 @@ def test_nothing_in_nothing_out(backend):
         assert out.shape == (0, 2, 32)
         out.sum().backward()
         assert qkv.grad.shape == qkv.shape
+    for shape in ((5, 3, 0, 8), (5, 3, 2, 0)):
+        assert ops.fused_attention(torch.empty(shape), cut([5]), scale=1, backend=backend).shape == (5, *shape[2:])
     empty = torch.empty(0, 9, 2, 32)
     assert (
         ops.padded_attention(empty, empty, empty, torch.empty(0, dtype=torch.int64), backend=backend).shape
