@@ -7,20 +7,16 @@ import torch
 from accuracy import assert_accurate, outputs_and_gradients, poisoned_memory, skip_unless_runs
 from torch import Tensor
 
-from fastrank import _cpu, ops
+from fastrank import ops
 
 # Around the vectors of 8 and 16 keys, the tiles of 4 and 6 queries and the blocks of 24.
 LENGTHS = (0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 100, 128, 0)
 HEAD_DIMS = (1, 8, 24, 32, 33, 64, 80, 128)
 
 
-@pytest.fixture(params=["plain", "avx2", "avx512"])
-def backend(request, monkeypatch):
+@pytest.fixture
+def backend(isa):
     """The cpu backend, by instruction set."""
-    if request.param not in _cpu.supported_isas():
-        pytest.skip(f"This processor does not offer {request.param}.")
-    monkeypatch.setenv("FASTRANK_CPU_ISA", request.param)
-    assert _cpu.isa() == request.param
     skip_unless_runs("attention", "cpu", torch.empty(0, 1, 1))
     return "cpu"
 

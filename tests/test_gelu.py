@@ -6,7 +6,7 @@ import pytest
 import torch
 from accuracy import assert_accurate, skip_unless_runs
 
-from fastrank import _cpu, ops
+from fastrank import ops
 
 
 def values(rows: int, columns: int, scale: float = 2.0) -> dict[str, torch.Tensor]:
@@ -15,12 +15,6 @@ def values(rows: int, columns: int, scale: float = 2.0) -> dict[str, torch.Tenso
         "x": torch.randn(rows, columns, generator=generator) * scale,
         "bias": torch.randn(columns, generator=generator),
     }
-
-
-@pytest.fixture(params=_cpu.supported_isas())
-def isa(request, monkeypatch):
-    monkeypatch.setenv("FASTRANK_CPU_ISA", request.param)
-    assert _cpu.isa() == request.param
 
 
 @pytest.mark.parametrize("tanh_form", [False, True])

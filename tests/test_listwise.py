@@ -57,15 +57,6 @@ CASES = {
 }
 
 
-@pytest.fixture(params=["plain", "avx2", "avx512"])
-def isa(request, monkeypatch):
-    if request.param not in _cpu.supported_isas():
-        pytest.skip(f"This processor does not offer {request.param}.")
-    monkeypatch.setenv("FASTRANK_CPU_ISA", request.param)
-    assert _cpu.isa() == request.param
-    return request.param
-
-
 @pytest.fixture(autouse=True)
 def runs():
     skip_unless_runs("listwise", "cpu", torch.zeros(1))

@@ -1,0 +1,15 @@
+"""What several test files share."""
+
+import pytest
+
+
+@pytest.fixture(params=["plain", "avx2", "avx512"])
+def isa(request, monkeypatch) -> str:
+    """Each instruction set in turn, for the time of a test; one that this processor lacks is a visible skip."""
+    from fastrank import _cpu
+
+    if request.param not in _cpu.supported_isas():
+        pytest.skip(f"This processor does not offer {request.param}.")
+    monkeypatch.setenv("FASTRANK_CPU_ISA", request.param)
+    assert _cpu.isa() == request.param
+    return request.param
