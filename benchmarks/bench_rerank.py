@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from baselines import PaddedReranker, refusal
-from timing import CLOCK, Comparison, Contender, best_setting
+from baselines import PaddedReranker, padded_contenders
+from timing import CLOCK, Comparison, Contender
 from workloads import checkpoint, ranking_lists
 
 import fastrank
 
 MAX_LENGTH = 512
-BATCH_SIZES = [4, 8, 16, 32]
 # What a dtype's rounding does to scores that spread by about 3; float32 must agree far closer.
 TOLERANCE = {"float32": 1e-3, "bf16": 0.3}
 NAMES = ["fastrank float32", "transformers float32", "transformers bf16"]
@@ -20,7 +19,7 @@ NAMES = ["fastrank float32", "transformers float32", "transformers bf16"]
 
 @pytest.fixture(scope="module")
 def comparison(full) -> Comparison:
-    folder = checkpoint("MiniLM-L6")
+    folder = checkpoint()
     source, lists = ranking_lists(*((43, 100) if full else (6, 50)))
     num_pairs = sum(len(one.documents) for one in lists)
     reference = PaddedReranker(folder, "float32", MAX_LENGTH)
@@ -47,22 +46,11 @@ def comparison(full) -> Comparison:
 
     contenders = [Contender("fastrank float32", fastrank_scores, num_pairs, ours=True, check=check("float32"))]
     notes = [f"{num_pairs} pairs of {source}, MiniLM-L6, from strings to scores; exact scores checked first"]
-    few = lists[:1]
-    for dtype in ("float32", "bf16"):
-        if reason := refusal(dtype):
-            contenders.append(Contender(f"transformers {dtype}", lambda: None, num_pairs, failure=reason))
-            continue
-        padded = PaddedReranker(folder, dtype, MAX_LENGTH)
-        size = best_setting(lambda size, padded=padded: lambda: padded.scores(few, size), BATCH_SIZES)
-        contenders.append(
-            Contender(
-                f"transformers {dtype}",
-                lambda padded=padded, size=size: padded.scores(lists, size),
-                num_pairs,
-                check=check(dtype),
-            )
-        )
-        notes.append(f"transformers {dtype}: best batch size {size} of {BATCH_SIZES}")
+    padded, padded_notes = padded_contenders(
+        lambda dtype: PaddedReranker(folder, dtype, MAX_LENGTH), PaddedReranker.scores, lists, check
+    )
+    contenders += padded
+    notes += padded_notes
     return Comparison("Re-ranking on the CPU", "pairs", contenders, notes).measure(5 if full else 3)
 
 

