@@ -39,8 +39,7 @@ def attention(
         v=v,
     )
     _require_alike(q=q, k=k, v=v)
-    for name, rows in (("q", q), ("k", k), ("v", v)):
-        _require_contiguous_rows(name, rows)
+    _require_contiguous_rows(q=q, k=k, v=v)
     _check_offsets("offsets", offsets, k)
     if query_offsets is not None:
         _check_offsets("query_offsets", query_offsets, q)
@@ -65,7 +64,7 @@ def fused_attention(qkv: Tensor, offsets: Tensor, *, scale: float | None = None,
     scale: as in attention(). Returns (tokens, heads, head_dim).
     """
     _require(qkv.dim() == 4 and qkv.shape[1] == 3, "fused_attention takes qkv (tokens, 3, heads, head_dim)", qkv=qkv)
-    _require_contiguous_rows("qkv", qkv)
+    _require_contiguous_rows(qkv=qkv)
     _check_offsets("offsets", offsets, qkv)
     scale = qkv.shape[3] ** -0.5 if scale is None else float(scale)
     return choose("attention", backend, qkv).fused_attention(qkv, offsets, scale)
@@ -88,8 +87,7 @@ def padded_attention(
         v=v,
     )
     _require_alike(q=q, k=k, v=v)
-    for name, rows in (("q", q), ("k", k), ("v", v)):
-        _require_contiguous_rows(name, rows)
+    _require_contiguous_rows(q=q, k=k, v=v)
     _require_integers("lengths", lengths, q, (torch.int32, torch.int64))
     if lengths.shape != q.shape[:1]:
         raise ValueError(f"lengths must hold one number for each of the {q.shape[0]} pairs, not {_shape(lengths)}.")
@@ -202,12 +200,13 @@ def _require_alike(**tensors: Tensor) -> None:
         raise ValueError(f"All of these must have one dtype and one device; given: {given}.")
 
 
-def _require_contiguous_rows(name: str, rows: Tensor) -> None:
-    if rows.shape[-1] > 1 and rows.stride(-1) != 1 and rows.numel():
-        raise ValueError(
-            f"The last dimension of {name} must be contiguous, not of stride {rows.stride(-1)}: "
-            f"pass {name}.contiguous()."
-        )
+def _require_contiguous_rows(**tensors: Tensor) -> None:
+    for name, rows in tensors.items():
+        if rows.shape[-1] > 1 and rows.stride(-1) != 1 and rows.numel():
+            raise ValueError(
+                f"The last dimension of {name} must be contiguous, not of stride {rows.stride(-1)}: "
+                f"pass {name}.contiguous()."
+            )
 
 
 def _require_integers(name: str, tensor: Tensor, beside: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:

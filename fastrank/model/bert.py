@@ -4,24 +4,17 @@ Source: Devlin et al. 2019, arXiv 1810.04805; Nogueira and Cho 2019, arXiv 1901.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from fastrank.model.family import Family
-from fastrank.model.settings import Settings
+from fastrank.model.family import DenseHead, Family
 
 
-class PoolerHead(nn.Module):
+class PoolerHead(DenseHead):
     """logits = output(tanh(dense(x)))."""
 
     # Our module name -> the hub's. The pooler counts as a part of the encoder there.
     hub_names = {"dense": "bert.pooler.dense", "output": "classifier"}  # noqa: RUF012
-
-    def __init__(self, settings: Settings) -> None:
-        super().__init__()
-        self.dense = nn.Linear(settings.hidden_size, settings.hidden_size)
-        self.output = nn.Linear(settings.hidden_size, settings.num_labels)
-        self.dropout = settings.head_dropout
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (pairs, hidden) float32; returns (pairs, num_labels)."""

@@ -11,20 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastrank.model.family import Family
+from fastrank.model.family import DenseHead, Family
 from fastrank.model.settings import Settings
 
 
-class DenseGeluHead(nn.Module):
+class DenseGeluHead(DenseHead):
     """logits = output(gelu(dense(x))), the erf form of gelu whatever the encoder uses."""
 
     hub_names = {"dense": "classifier.dense", "output": "classifier.out_proj"}  # noqa: RUF012
-
-    def __init__(self, settings: Settings) -> None:
-        super().__init__()
-        self.dense = nn.Linear(settings.hidden_size, settings.hidden_size)
-        self.output = nn.Linear(settings.hidden_size, settings.num_labels)
-        self.dropout = settings.head_dropout
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (pairs, hidden) float32; returns (pairs, num_labels)."""

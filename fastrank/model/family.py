@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastrank.model.settings import Settings
+
 
 @dataclass(frozen=True)
 class Family:
@@ -24,3 +26,13 @@ class Family:
     plain_head: type[nn.Module] | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
     positions_after_padding: Callable[[Tensor, Tensor, int], Tensor] | None = None
+
+
+class DenseHead(nn.Module):
+    """The layers of a head with one hidden layer; a family says what lies between them, and the hub's names of both."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__()
+        self.dense = nn.Linear(settings.hidden_size, settings.hidden_size)
+        self.output = nn.Linear(settings.hidden_size, settings.num_labels)
+        self.dropout = settings.head_dropout

@@ -6,23 +6,16 @@ Source: Liu et al. 2019, arXiv 1907.11692; Conneau et al. 2020, arXiv 1911.02116
 import dataclasses
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from fastrank.model.family import Family
-from fastrank.model.settings import Settings
+from fastrank.model.family import DenseHead, Family
 
 
-class DenseTanhHead(nn.Module):
+class DenseTanhHead(DenseHead):
     """logits = output(tanh(dense(x)))."""
 
     hub_names = {"dense": "classifier.dense", "output": "classifier.out_proj"}  # noqa: RUF012
-
-    def __init__(self, settings: Settings) -> None:
-        super().__init__()
-        self.dense = nn.Linear(settings.hidden_size, settings.hidden_size)
-        self.output = nn.Linear(settings.hidden_size, settings.num_labels)
-        self.dropout = settings.head_dropout
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (pairs, hidden) float32; returns (pairs, num_labels)."""

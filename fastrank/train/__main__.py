@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import yaml
 
-from .config import TrainConfig, as_flags, check_keys, read_yaml, recipe_names, resolve_recipe
+from .config import TrainConfig, as_flags, check_keys, read_yaml, recipe_names, resolve_recipe, to_yaml
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,14 +50,11 @@ def _parse(argv: list[str]) -> TrainConfig | None:
         return None
     mapping: dict = {}
     if argv and not argv[0].startswith("-"):
-        path = resolve_recipe(argv.pop(0))
-        mapping = read_yaml(Path(path))
+        mapping = read_yaml(resolve_recipe(argv.pop(0)))
     print_config = "--print_config" in argv
     mapping |= _flags(parser, [word for word in argv if word != "--print_config"])
     config = TrainConfig.from_mapping(mapping, "the command line")
     if print_config:
-        from .config import to_yaml
-
         print(to_yaml(config), end="")
         return None
     return config

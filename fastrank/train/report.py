@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
+
+from fastrank.data.files import write_aside
 
 __all__ = ["Report", "plot_curves", "read_log"]
 
@@ -30,9 +31,8 @@ class Report:
 
     def __init__(self, folder: Path, num_steps: int, logged_until: int, *, quiet: bool = False):
         records = [record for record in read_log(folder) if record["step"] <= logged_until]
-        aside = folder / (LOG_FILE + ".writing")
-        aside.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-        os.replace(aside, folder / LOG_FILE)
+        with write_aside(folder / LOG_FILE) as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
         self._file = open(folder / LOG_FILE, "a", encoding="utf-8")
         self._width = len(str(num_steps))
         self._num_steps = num_steps

@@ -19,15 +19,13 @@ from fastrank.checkpoint import load_model
 from fastrank.data import RankingList
 from fastrank.losses import LOSSES, count_terms, resolve_loss
 from fastrank.model import CrossEncoder
-from fastrank.packing import pack_lists, plan_chunks
+from fastrank.packing import Pair, pack_lists, plan_chunks
 from fastrank.reranker import Reranker
 from fastrank.tokens import PairTokenizer
 
 from .config import TrainConfig
 
 __all__ = ["Trainer"]
-
-Pair = tuple[np.ndarray, np.ndarray]  # token ids and token types
 
 
 class Trainer:
