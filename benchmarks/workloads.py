@@ -50,7 +50,7 @@ def _cut(one: RankingList, count: int) -> RankingList:
 
 @functools.cache
 def checkpoint() -> Path:
-    """A folder that transformers wrote: MiniLM-L6's real weights and vocabulary, the head drawn so that scores spread."""
+    """A folder that transformers wrote: real MiniLM-L6 weights and vocabulary, a head drawn so that scores spread."""
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
     from fastrank.train.demo import base_weights

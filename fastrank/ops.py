@@ -4,10 +4,12 @@ Every tensor is packed: the tokens of all pairs behind one another, cut by offse
 CPU only, since reading them would make a GPU wait.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastrank.backend import choose
 
@@ -141,13 +143,16 @@ def listwise(
     *,
     options: Mapping[str, object],
     backend: str = "auto",
+    check: str = "",
 ) -> tuple[Tensor, Tensor]:
     """The terms of a listwise loss, summed and counted list by list; the sums are differentiable once in scores.
 
     name: a loss of fastrank.losses.LOSSES, which is what a user calls. scores, labels: (documents,); labels of any real
     dtype, higher is better. list_offsets: int32 (lists + 1,). options: all options of the loss, as Loss.fill returns
-    them. Returns the sums (lists,) in the scores' dtype and the counts int64 (lists,). Raises ValueError with the
-    offending shapes.
+    them. check: which labels the loss allows, a key of LABELS; scores must then be finite, too; "" looks at no value.
+    Returns the sums (lists,) in the scores' dtype and the counts int64 (lists,). Raises ValueError with the offending
+    shapes or values. It is one operator to torch.compile, torch.ops.fastrank.listwise, whose third output is the
+    gradients of the sums.
     """
     _require(
         scores.dim() == 1 and labels.shape == scores.shape,
@@ -160,10 +165,91 @@ def listwise(
         raise ValueError(f"scores must be floating point numbers, not {scores.dtype}.")
     if labels.device != scores.device:
         raise ValueError(f"labels must be on {scores.device}, where the scores are, not on {labels.device}.")
+    _check_offsets("list_offsets", list_offsets, scores, segment="list", row="document", values=False)
+    every = UNUSED_OPTIONS | options
+    return _FusedLoss.apply(scores, labels, list_offsets, name, backend, check, *every.values())
+
+
+# The operator takes the options of all losses; these stand for the ones that a loss does not have.
+UNUSED_OPTIONS = {
+    "temperature": 1.0,
+    "discount": "",
+    "ties": "",
+    "margin": None,
+    "squared": False,
+    "weighting": "",
+    "k": None,
+    "gain": "",
+}
+torch.library.define(
+    "fastrank::listwise",
+    "(Tensor scores, Tensor labels, Tensor list_offsets, str name, str backend, str check, *, float temperature, "
+    "str discount, str ties, float? margin, bool squared, str weighting, int? k, str gain) -> (Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.impl("fastrank::listwise", "CompositeExplicitAutograd")
+def _run_listwise(
+    scores: Tensor, labels: Tensor, list_offsets: Tensor, name: str, backend: str, check: str, **options: object
+) -> tuple[Tensor, Tensor, Tensor]:
     _check_offsets("list_offsets", list_offsets, scores, segment="list", row="document")
+    if check:
+        _check_values(scores, labels, list_offsets, check)
     kernels = choose("listwise", backend, scores)
     _check_loss(name, kernels.LOSSES)
-    return kernels.listwise(name, scores, labels, list_offsets, options)
+    known = choose("listwise", "reference", scores).OPTIONS[name]
+    return kernels.listwise(name, scores, labels, list_offsets, {option: options[option] for option in known})
+
+
+@torch.library.register_fake("fastrank::listwise")
+def _fake_listwise(scores, labels, list_offsets, name, backend, check, **options):
+    lists = list_offsets.shape[0] - 1
+    return scores.new_empty(lists), scores.new_empty(lists, dtype=torch.int64), scores.new_empty(scores.shape)
+
+
+class _FusedLoss(torch.autograd.Function):
+    """The kernel writes the gradients of the sums in the forward pass; the backward pass only scales them."""
+
+    @staticmethod
+    def forward(ctx, scores: Tensor, labels: Tensor, list_offsets: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
+        names, options = arguments[:3], dict(zip(UNUSED_OPTIONS, arguments[3:], strict=True))
+        sums, terms, gradients = torch.ops.fastrank.listwise(scores.detach(), labels, list_offsets, *names, **options)
+        ctx.save_for_backward(gradients, list_offsets)
+        ctx.mark_non_differentiable(terms)
+        return sums, terms
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream: Tensor, _terms: Tensor | None):
+        gradients, list_offsets = ctx.saved_tensors
+        each = upstream.repeat_interleave(list_offsets.diff(), output_size=len(gradients))
+        return gradients * each, *[None] * 13
+
+
+# What a loss may demand of labels: a sentence for the others, and which these are.
+LABELS = {
+    "ordered": ("labels must be numbers", torch.isnan),
+    "finite": ("this loss uses their values, so labels must be finite numbers", lambda labels: ~labels.isfinite()),
+    "probabilities": ("labels must be probabilities, from 0 to 1", lambda labels: ~((labels >= 0) & (labels <= 1))),
+}
+
+
+def _check_values(scores: Tensor, labels: Tensor, list_offsets: Tensor, check: str) -> None:
+    for name, values, (rule, find_wrong) in (
+        ("scores", scores.detach(), ("scores must be finite numbers", LABELS["finite"][1])),
+        ("labels", labels.detach(), LABELS[check]),
+    ):
+        # A finite sum says in one pass that all are finite; one that overflowed needs the closer look.
+        if check != "probabilities" and math.isfinite(values.sum()):
+            continue
+        wrong = find_wrong(values)
+        if wrong.any():
+            position = int(wrong.nonzero()[0])
+            where = int(torch.searchsorted(list_offsets, position, right=True)) - 1
+            document = position - int(list_offsets[where])
+            raise ValueError(
+                f"{name}[{position}] is {values[position].item()} (document {document} of list {where}): {rule}."
+            )
 
 
 def listwise_terms(name: str, labels: Tensor, list_offsets: Tensor) -> Tensor:
@@ -217,22 +303,24 @@ def _require_integers(name: str, tensor: Tensor, beside: Tensor, dtypes: tuple[t
         )
 
 
-def _check_offsets(name: str, offsets: Tensor, rows: Tensor, *, segment: str = "pair", row: str = "token") -> None:
+def _check_offsets(
+    name: str, offsets: Tensor, rows: Tensor, *, segment: str = "pair", row: str = "token", values: bool = True
+) -> None:
     """Offsets begin at 0, never decrease and end at the number of rows: otherwise a kernel would read foreign
     memory."""
     _require_integers(name, offsets, rows, (torch.int32,))
     if offsets.dim() != 1 or not len(offsets):
         raise ValueError(f"{name} must have the shape ({segment}s + 1,), not {_shape(offsets)}.")
-    if offsets.device.type != "cpu":
+    if not values or offsets.device.type != "cpu":
         return
-    values = offsets.numpy()
-    if values[0] != 0:
-        raise ValueError(f"{name} must begin at 0, not at {values[0]}.")
-    if values[-1] != len(rows):
-        raise ValueError(f"{name} must end at the number of {row}s, {len(rows)}, not at {values[-1]}.")
-    steps = values[1:] < values[:-1]
+    bounds = offsets.numpy()
+    if bounds[0] != 0:
+        raise ValueError(f"{name} must begin at 0, not at {bounds[0]}.")
+    if bounds[-1] != len(rows):
+        raise ValueError(f"{name} must end at the number of {row}s, {len(rows)}, not at {bounds[-1]}.")
+    steps = bounds[1:] < bounds[:-1]
     if steps.any():
         first = int(steps.argmax())
         raise ValueError(
-            f"{name} must not decrease, but {segment} {first} reaches from {values[first]} to {values[first + 1]}."
+            f"{name} must not decrease, but {segment} {first} reaches from {bounds[first]} to {bounds[first + 1]}."
         )

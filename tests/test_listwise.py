@@ -9,52 +9,15 @@ from itertools import pairwise
 import pytest
 import torch
 from accuracy import assert_accurate, poisoned_memory, skip_unless_runs
+from listwise_cases import CASES, VARIANTS, check, make, options_of, sums_and_gradients
 from torch import Tensor
 
 from fastrank import _cpu, ops
 from fastrank.kernels.listwise import reference
+from fastrank.losses import LOSSES
 
-LOSSES = {
-    "ranknet": ("ranknet", {"temperature": 1.0}),
-    "ranknet, temperature": ("ranknet", {"temperature": 0.3}),
-    "lce": ("lce", {"temperature": 1.0}),
-    "lce, temperature": ("lce", {"temperature": 2.5}),
-    "adr_mse": ("adr_mse", {"temperature": 1.0, "discount": "log2", "ties": "average"}),
-    "adr_mse, reciprocal": ("adr_mse", {"temperature": 0.7, "discount": "reciprocal", "ties": "average"}),
-    "adr_mse, none, first": ("adr_mse", {"temperature": 3.0, "discount": "none", "ties": "first"}),
-}
-PLAIN = {name: (name, LOSSES[name][1]) for name in ("ranknet", "lce", "adr_mse")}
+PLAIN = tuple(LOSSES)
 SIZES = (0, 1, 2, 7, 8, 9, 63, 66, 100, 1000)  # around the vector, the tile of rows and the block of rows
-
-
-def _tiers(count: int):
-    return lambda size, random: torch.randint(count, (size,), generator=random).float()
-
-
-def _distinct(size: int, random: torch.Generator) -> Tensor:
-    return torch.randperm(size, generator=random).float() - size // 3
-
-
-def _infinite(size: int, random: torch.Generator) -> Tensor:
-    return torch.tensor([-math.inf, -1.0, 2.0, math.inf])[torch.randint(4, (size,), generator=random)]
-
-
-# name: (scores from standard normal draws, labels from a size)
-CASES = {
-    "distinct": (lambda draws: 3 * draws, _distinct),
-    "three tiers": (lambda draws: 3 * draws, _tiers(3)),
-    "one relevant": (lambda draws: draws, lambda size, random: (torch.arange(size) == size // 2).float()),
-    "all tied": (lambda draws: draws, lambda size, random: torch.ones(size)),
-    "no positive": (lambda draws: draws, lambda size, random: -_distinct(size, random).abs()),
-    "infinite labels": (lambda draws: draws, _infinite),
-    "scores of 1e4": (lambda draws: 1e4 * draws, _distinct),
-    "scores beside 1e4": (lambda draws: 1e4 + draws, _distinct),
-    "tied scores": (lambda draws: draws.round(), _distinct),
-    "equal scores": (lambda draws: 0 * draws + 5, _distinct),
-    "scores 1e-6 apart": (lambda draws: 1e-6 * draws, _distinct),
-    "right by far": (lambda draws: 8 * draws.sort().values, lambda size, random: torch.arange(size).float()),
-    "wrong by far": (lambda draws: 8 * draws.sort().values, lambda size, random: -torch.arange(size).float()),
-}
 
 
 @pytest.fixture(autouse=True)
@@ -62,59 +25,34 @@ def runs():
     skip_unless_runs("listwise", "cpu", torch.zeros(1))
 
 
-def make(case: str, sizes: tuple[int, ...], seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    random = torch.Generator().manual_seed(seed)
-    to_scores, to_labels = CASES[case]
-    scores = [to_scores(torch.randn(size, generator=random)) for size in sizes]
-    labels = [to_labels(size, random) for size in sizes]
-    offsets = torch.tensor([0, *sizes]).cumsum(0, dtype=torch.int32)
-    return torch.cat(scores), torch.cat(labels), offsets
-
-
-def check(loss: str, scores: Tensor, labels: Tensor, offsets: Tensor) -> None:
-    name, options = LOSSES[loss]
-
-    def run(backend: str, scores: Tensor) -> tuple[Tensor, Tensor]:
-        return ops.listwise(name, scores, labels, offsets, options=options, backend=backend)
-
-    assert_accurate(run, {"scores": scores}, backend="cpu")
-
-
-def sums_and_gradients(name: str, options: dict, scores: Tensor, labels: Tensor, offsets: Tensor, upstream: Tensor):
-    scores = scores.clone().requires_grad_()
-    sums, terms = ops.listwise(name, scores, labels, offsets, options=options, backend="cpu")
-    (gradient,) = torch.autograd.grad(sums, scores, upstream)
-    return sums.detach(), terms, gradient
-
-
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("case", CASES)
-def test_accuracy(isa, case, loss):
+def test_accuracy(isa, case, variant):
     for size in SIZES[:-1]:  # each alone, since the rule looks at the largest error
-        check(loss, *make(case, (size,), seed=size))
+        check(variant, *make(variant, case, (size,), seed=size), "cpu")
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("case", ["distinct", "three tiers", "right by far"])
-def test_accuracy_of_a_thousand_documents(isa, case, loss):
-    check(loss, *make(case, (1000,)))
+def test_accuracy_of_a_thousand_documents(isa, case, variant):
+    check(variant, *make(variant, case, (1000,)), "cpu")
 
 
-@pytest.mark.parametrize("loss", PLAIN)
-def test_accuracy_of_a_long_list(loss):
-    check(loss, *make("three tiers" if loss == "adr_mse" else "distinct", (5000,)))
+@pytest.mark.parametrize("variant", PLAIN)
+def test_accuracy_of_a_long_list(variant):
+    check(variant, *make(variant, "three tiers" if variant == "adr_mse" else "distinct", (5000,)), "cpu")
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_accuracy_of_a_ragged_batch(isa, loss):
-    check(loss, *make("three tiers", (*SIZES, 0)))
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_accuracy_of_a_ragged_batch(isa, variant):
+    check(variant, *make(variant, "three tiers", (*SIZES, 0)), "cpu")
 
 
-@pytest.mark.parametrize(("loss", "options"), PLAIN.values(), ids=PLAIN)
+@pytest.mark.parametrize("variant", PLAIN)
 @pytest.mark.parametrize("case", ["distinct", "three tiers"])
-def test_a_list_is_the_same_bit_for_bit_alone_in_a_batch_and_on_any_number_of_threads(isa, case, loss, options):
+def test_a_list_is_the_same_bit_for_bit_alone_in_a_batch_and_on_any_number_of_threads(isa, case, variant):
     sizes = (7, 0, 5000, 1, 100, 2, 1300, 9)
-    scores, labels, offsets = make(case, sizes)
+    scores, labels, offsets = make(variant, case, sizes)
     upstream = torch.randn(len(sizes))
     threads = torch.get_num_threads()
     try:
@@ -122,7 +60,7 @@ def test_a_list_is_the_same_bit_for_bit_alone_in_a_batch_and_on_any_number_of_th
         for count in (1, 2, 5):
             torch.set_num_threads(count)
             with poisoned_memory():
-                packed.append(sums_and_gradients(loss, options, scores, labels, offsets, upstream))
+                packed.append(sums_and_gradients(variant, scores, labels, offsets, upstream, "cpu"))
     finally:
         torch.set_num_threads(threads)
     for other in packed[1:]:
@@ -130,48 +68,62 @@ def test_a_list_is_the_same_bit_for_bit_alone_in_a_batch_and_on_any_number_of_th
     sums, terms, gradients = packed[0]
     for index, (begin, end) in enumerate(pairwise(offsets.tolist())):
         alone = sums_and_gradients(
-            loss,
-            options,
+            variant,
             scores[begin:end],
             labels[begin:end],
             torch.tensor([0, end - begin]).int(),
             upstream[index, None],
+            "cpu",
         )
         assert torch.equal(alone[0], sums[index, None]) and torch.equal(alone[1], terms[index, None])
         assert torch.equal(alone[2], gradients[begin:end])
 
 
-@pytest.mark.parametrize(("loss", "options"), PLAIN.values(), ids=PLAIN)
-def test_permuting_documents_permutes_gradients(isa, loss, options):
-    scores, labels, offsets = make("distinct" if loss == "lce" else "three tiers", (66,))
-    order = torch.randperm(66, generator=torch.Generator().manual_seed(3))
+# The first of equally labelled or scored documents counts as the target or ranks first, which no permutation keeps.
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "adr_mse, none, first"])
+def test_permuting_documents_permutes_gradients(isa, variant):
+    first_counts = options_of(variant)[0] in ("lce", "contrastive_imitation")
+    scores, labels, offsets = make(
+        variant, "distinct" if first_counts else "three tiers", (20 if first_counts else 66,)
+    )
+    order = torch.randperm(len(scores), generator=torch.Generator().manual_seed(3))
+    name, options = options_of(variant)
 
     def run(backend: str, scores: Tensor) -> tuple[Tensor, Tensor]:
         if backend == "reference":
-            return ops.listwise(loss, scores, labels, offsets, options=options, backend=backend)
-        return ops.listwise(loss, scores[order], labels[order], offsets, options=options, backend=backend)
+            return ops.listwise(name, scores, labels, offsets, options=options, backend=backend)
+        return ops.listwise(name, scores[order], labels[order], offsets, options=options, backend=backend)
 
     assert_accurate(run, {"scores": scores}, backend="cpu")
 
 
-@pytest.mark.parametrize(("loss", "options"), PLAIN.values(), ids=PLAIN)
-def test_a_constant_added_to_the_scores_changes_nothing(isa, loss, options):
-    scores, labels, offsets = make("three tiers", (100, 7))
+# Of the losses, these depend on more than differences of scores.
+ABSOLUTE = ("bce", "mse", "contrastive_imitation")
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if options_of(name)[0] not in ABSOLUTE])
+def test_a_constant_added_to_the_scores_changes_nothing(isa, variant):
+    scores, labels, offsets = make(variant, "three tiers", (100, 7))
     scores = (scores * 64).round() / 64  # so that the sum with 512 is exact, and so are all differences
-    upstream = torch.randn(2)
-    here = sums_and_gradients(loss, options, scores, labels, offsets, upstream)
-    there = sums_and_gradients(loss, options, scores + 512, labels, offsets, upstream)
-    assert all(torch.equal(one, two) for one, two in zip(here, there, strict=True))
+    name, options = options_of(variant)
+
+    def run(backend: str, scores: Tensor) -> tuple[Tensor, Tensor]:
+        shift = 0 if backend == "reference" else 512
+        return ops.listwise(name, scores + shift, labels, offsets, options=options, backend=backend)
+
+    assert_accurate(run, {"scores": scores}, backend="cpu")
 
 
-@pytest.mark.parametrize(("loss", "options"), LOSSES.values(), ids=LOSSES)
-def test_reference_passes_gradcheck(loss, options):
-    scores, labels, offsets = make("three tiers", (7, 0, 1, 9, 2))
-    labels[-2:] = -1.0  # a list without a positive
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_reference_passes_gradcheck(variant):
+    scores, labels, offsets = make(variant, "three tiers", (7, 0, 1, 9, 2))
+    if LOSSES[options_of(variant)[0]].labels != "probabilities":
+        labels[-2:] = -1.0  # a list without a positive
     scores = scores.double().requires_grad_()
+    name, options = options_of(variant)
 
     def run(scores: Tensor) -> Tensor:
-        return ops.listwise(loss, scores, labels, offsets, options=options, backend="reference")[0]
+        return ops.listwise(name, scores, labels, offsets, options=options, backend="reference")[0]
 
     assert torch.autograd.gradcheck(run, (scores,))
 
@@ -254,15 +206,21 @@ def test_teacher_ranks():
     assert reference.ranks(labels, "first").tolist() == [3, 2, 4, 1, 5, 6]
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_terms_are_counted_alike_everywhere(isa, case):
-    scores, labels, offsets = make(case, SIZES)
-    for name, options in PLAIN.values():
+@pytest.mark.parametrize("variant", PLAIN)
+def test_terms_are_counted_alike_everywhere(isa, variant):
+    name, options = options_of(variant)
+    for case in CASES:
+        scores, labels, offsets = make(variant, case, SIZES)
         expected = []
         for begin, end in pairwise(offsets.tolist()):
             part = labels[begin:end]
-            pairs = int((part[:, None] > part[None, :]).sum())
-            expected.append({"ranknet": pairs, "adr_mse": len(part), "lce": int((part > 0).any())}[name])
+            counts = {
+                "pairs": int((part[:, None] > part[None, :]).sum()),
+                "documents": len(part),
+                "lists with a document": int(end > begin),
+                "lists with a label above 0": int((part > 0).any()),
+            }
+            expected.append(counts[LOSSES[name].term])
         assert ops.listwise(name, scores, labels, offsets, options=options, backend="cpu")[1].tolist() == expected
         assert ops.listwise_terms(name, labels, offsets).tolist() == expected
 
@@ -279,7 +237,7 @@ def test_labels_are_told_apart_beyond_float32(dtype):
 def test_negative_zero_ties_with_zero(isa):
     labels, offsets = torch.tensor([0.0, -0.0, 0.0]), torch.tensor([0, 3], dtype=torch.int32)
     scores = torch.tensor([1.0, 2.0, 3.0])
-    for name, options in PLAIN.values():
+    for name, options in map(options_of, PLAIN):
         cpu = ops.listwise(name, scores, labels, offsets, options=options, backend="cpu")
         expected = ops.listwise(name, scores, labels, offsets, options=options, backend="reference")
         assert torch.equal(cpu[1], expected[1])
@@ -289,8 +247,9 @@ def test_negative_zero_ties_with_zero(isa):
 def test_a_nan_flows_through_instead_of_vanishing(isa):
     offsets = torch.tensor([0, 3, 5], dtype=torch.int32)
     scores, labels = torch.tensor([0.0, math.nan, 1.0, 2.0, 3.0]), torch.tensor([1.0, 0, 2, 1, 0])
-    for name, options in PLAIN.values():
-        sums, _, gradients = sums_and_gradients(name, options, scores, labels, offsets, torch.tensor([0.3, 0.7]))
+    for variant in PLAIN:
+        upstream = torch.tensor([0.3, 0.7])
+        sums, _, gradients = sums_and_gradients(variant, scores, labels.clamp(max=1), offsets, upstream, "cpu")
         assert sums[0].isnan() and gradients[1].isnan()
         assert sums[1].isfinite() and gradients[3:].isfinite().all()
 
@@ -299,17 +258,18 @@ def test_labels_of_nan_do_no_harm(isa):
     # Losses refuse them on a CPU; whoever calls the operation itself may get any number, but never a crash.
     labels = torch.where(torch.rand(500, generator=torch.Generator().manual_seed(0)) < 0.5, math.nan, 1.0)
     offsets = torch.tensor([0, 500], dtype=torch.int32)
-    for name, options in PLAIN.values():
+    for name, options in map(options_of, PLAIN):
         sums, terms = ops.listwise(name, torch.randn(500), labels, offsets, options=options, backend="cpu")
         assert sums.shape == terms.shape == (1,)
 
 
 def test_strided_scores_and_labels(isa):
-    scores, labels, offsets = make("distinct", (9, 8))
-    wide = torch.stack([scores, scores + 1], dim=1)[:, 0]
-    assert not wide.is_contiguous()
-    for name, options in PLAIN.values():
-        one = sums_and_gradients(name, options, scores, labels, offsets, torch.tensor([0.3, -0.7]))
+    for variant in PLAIN:
+        scores, labels, offsets = make(variant, "distinct", (9, 8))
+        wide = torch.stack([scores, scores + 1], dim=1)[:, 0]
+        assert not wide.is_contiguous()
+        name, options = options_of(variant)
+        one = sums_and_gradients(variant, scores, labels, offsets, torch.tensor([0.3, -0.7]), "cpu")
         strided = ops.listwise(
             name, wide, torch.stack([labels] * 3, dim=1)[:, 1], offsets, options=options, backend="cpu"
         )
