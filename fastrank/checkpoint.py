@@ -90,6 +90,7 @@ def save_model(folder: str | os.PathLike, model: CrossEncoder, tokenizer: "PairT
     }
     (aside / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     save_file(to_hub(model), aside / "model.safetensors", metadata={"format": "pt"})
+    shutil.copymode(aside / "config.json", aside / "model.safetensors")  # which comes readable by its owner alone
     for path in aside.iterdir():
         _flush(path)
     if folder.exists():

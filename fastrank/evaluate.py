@@ -6,7 +6,6 @@ them, as trec_eval orders them, so that all measures judge the same ranking whic
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import json
 import math
@@ -16,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from fastrank.data import DataError, RankingList, read_qrels, read_run
+from fastrank.command_line import OneSentenceParser, with_underscores
+from fastrank.data import RankingList, read_qrels, read_run
 from fastrank.data.ranking_list import list_keys
 
 DEFAULT_MEASURES = ("nDCG@10",)
@@ -125,18 +125,16 @@ def qrels_from_labels(lists: Sequence[RankingList], keys: Sequence[str] | None =
 
 def evaluate_command(argv: Sequence[str]) -> int:
     """`fastrank evaluate`: print measures of a run file, return the exit status (2 with one sentence for bad input)."""
-    parser = _OneSentenceParser(
-        prog="fastrank evaluate", description="Measure a TREC run against judgments.", allow_abbrev=False
-    )
+    parser = OneSentenceParser(prog="fastrank evaluate", description="Measure a TREC run against judgments.")
     parser.add_argument("--run", required=True, help="TREC run, plain or .gz; its scores decide, not its ranks")
     parser.add_argument("--qrels", required=True, help="TREC or BEIR judgments, plain or .gz")
     parser.add_argument(
         "--measures", nargs="+", default=list(DEFAULT_MEASURES), help="names as in ir_measures; default: nDCG@10"
     )
-    parser.add_argument("--per_query", "--per-query", action="store_true", help="also print every query's values")
+    parser.add_argument("--per_query", action="store_true", help="also print every query's values")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     try:
-        options = parser.parse_args(argv)
+        options = parser.parse_args(with_underscores(argv))
     except SystemExit as exit_request:
         return int(exit_request.code or 0)
     try:
@@ -144,7 +142,7 @@ def evaluate_command(argv: Sequence[str]) -> int:
         run, qrels = read_run(options.run), read_qrels(options.qrels)
         means = evaluate(run, qrels, names)
         queries = evaluate(run, qrels, names, per_query=True) if options.per_query else None
-    except (DataError, ValueError) as error:
+    except ValueError as error:
         print(f"fastrank evaluate: {error}", file=sys.stderr)
         return 2
     if options.json:
@@ -157,11 +155,6 @@ def evaluate_command(argv: Sequence[str]) -> int:
     for name, value in means.items():
         print(f"{name:<{width}}  {'all  ' if queries else ''}{value:.4f}")
     return 0
-
-
-class _OneSentenceParser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
 def _parse_measure(name: str) -> Any:

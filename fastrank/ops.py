@@ -93,6 +93,8 @@ def padded_attention(
     _require_integers("lengths", lengths, q, (torch.int32, torch.int64))
     if lengths.shape != q.shape[:1]:
         raise ValueError(f"lengths must hold one number for each of the {q.shape[0]} pairs, not {_shape(lengths)}.")
+    if q.shape[0] * q.shape[1] >= 2**31:
+        raise ValueError(f"The batch of {q.shape[0]} by {q.shape[1]} tokens must stay below 2^31; cut it.")
     if lengths.device.type == "cpu" and lengths.numel():
         values = lengths.numpy()
         if values.min() < 0 or values.max() > q.shape[1]:

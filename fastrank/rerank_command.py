@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from fastrank.command_line import OneSentenceParser, with_underscores
 from fastrank.data import DataError, read_documents, read_queries, read_ranked_run, write_run
 from fastrank.data.files import clean_text, expand_path, read_lines, write_aside
 from fastrank.data.formats import parse_json_object, ranking_list_from
@@ -43,7 +44,7 @@ LIST_LINE = '{"query": ..., "documents": [...]}'
 def rerank_command(argv: Sequence[str]) -> int:
     """Runs `fastrank rerank`; returns the exit status, 2 after one sentence on stderr for bad input."""
     try:
-        options = _parse([_with_underscores(word) for word in argv])
+        options = _parse(with_underscores(argv))
     except SystemExit as stop:
         return int(stop.code or 0)
     try:
@@ -202,16 +203,6 @@ def _use_utf8() -> None:
         sys.stdout.reconfigure(encoding="utf-8")
 
 
-def _with_underscores(word: str) -> str:
-    name, equals, value = word.partition("=")
-    return name[:2] + name[2:].replace("-", "_") + equals + value if name.startswith("--") else word
-
-
-class _OneSentenceParser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
-
-
 def _positive(word: str) -> int:
     try:
         number = int(word)
@@ -223,10 +214,9 @@ def _positive(word: str) -> int:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = _OneSentenceParser(
+    parser = OneSentenceParser(
         prog="fastrank rerank",
         description="Re-ranks a TREC run (--run --queries --documents --output) or JSON lines (--input).",
-        allow_abbrev=False,
     )
     flag = parser.add_argument
     flag("--model", help='folder, hub name or "demo"; default: cross-encoder/ms-marco-MiniLM-L6-v2')

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from fastrank.checkpoint import load_model, score_activation
+from fastrank.checkpoint import WEIGHT_FILES, load_model, score_activation
 from fastrank.model import CrossEncoder
 from fastrank.packing import Pair, pack_pairs, plan_batches, restore_order
 from fastrank.ranking import RankedDocument, Ranking, describe, document_id, document_text
@@ -91,20 +91,18 @@ class Reranker:
         token: str | bool | None = None,
         local_files_only: bool = False,
     ):
-        place = _find_device(device)
+        place = find_device(device)
         precision = _find_dtype(dtype, place)
         _check_activation(activation)
         name = str(demo_folder() if model == "demo" else model)
         hub = {"revision": revision, "token": token, "local_files_only": local_files_only}
         loaded = load_model(name, head="required", **hub)
         limits = {"max_query_tokens": max_query_tokens, "max_document_tokens": max_document_tokens}
-        tokenizer = PairTokenizer.load(name, max_length=max_length, **limits, **hub)
-        if tokenizer.max_length > loaded.max_pair_tokens:
-            if max_length is not None:
-                raise ValueError(f"max_length is {max_length}, but {name} has {loaded.max_pair_tokens} positions.")
-            tokenizer = PairTokenizer.load(name, max_length=loaded.max_pair_tokens, **limits, **hub)
+        tokenizer = PairTokenizer.load(
+            name, num_positions=loaded.max_pair_tokens, max_length=max_length, **limits, **hub
+        )
         self._set_up(
-            loaded.to(place).to_precision(precision),
+            loaded.requires_grad_(False).to(place).to_precision(precision),
             tokenizer,
             max_batch_tokens=max_batch_tokens,
             num_threads=num_threads,
@@ -254,7 +252,7 @@ class Reranker:
             for text in texts
         ]
         self._warn_of_truncation()
-        scores = self._score_pairs(pairs)
+        scores = self.score_pairs(pairs)
         if np.isnan(scores).any():
             position = int(np.flatnonzero(np.isnan(scores))[0])
             places = [(i, j) for i, texts in enumerate(documents) for j in range(len(texts))]
@@ -265,7 +263,8 @@ class Reranker:
             )
         return scores
 
-    def _score_pairs(self, pairs: Sequence[Pair]) -> np.ndarray:
+    def score_pairs(self, pairs: Sequence[Pair]) -> np.ndarray:
+        """Raw scores of pairs of token ids and token types, as PairTokenizer.pair gives them: float32 (pairs,)."""
         # Equal pairs must tie, and rows of one matrix product may round differently: each is scored once.
         places: dict[tuple[bytes, bytes], int] = {}
         place = np.array(
@@ -283,14 +282,8 @@ class Reranker:
         if self._has_warned or not self.num_truncated:
             return
         self._has_warned = True
-        limits = {
-            "max_length": self.tokenizer.max_length,
-            "max_query_tokens": self.tokenizer.max_query_tokens,
-            "max_document_tokens": self.tokenizer.max_document_tokens,
-        }
-        given = ", ".join(f"{key}={value}" for key, value in limits.items() if value is not None)
         warnings.warn(
-            f"Some texts are too long and are cut ({given} tokens); Reranker.num_truncated counts the pairs. "
+            f"Some texts are too long and are cut ({self.tokenizer.limits}); Reranker.num_truncated counts the pairs. "
             "This is said once.",
             stacklevel=_callers_level(),
         )
@@ -317,7 +310,10 @@ def rerank(
 
     Returns a Ranking, for a list of queries a list of them.
     """
-    return _keep_loaded(model, reranker_options).rank(query, documents, top_k=top_k, top_n=top_n)
+    # What every call may choose anew does not belong to the loaded model.
+    activation = reranker_options.pop("activation", None)
+    reranker = _keep_loaded(model, reranker_options)
+    return reranker.rank(query, documents, top_k=top_k, top_n=top_n, activation=activation)
 
 
 def demo_folder() -> Path:
@@ -339,7 +335,7 @@ def _keep_loaded(model: str | os.PathLike[str], options: dict[str, Any]) -> Rera
     global _loaded
     folder = demo_folder() if model == "demo" else Path(model)
     # A folder that was trained again under the same name holds another model.
-    state = sorted((entry.name, entry.stat().st_mtime_ns) for entry in os.scandir(folder)) if folder.is_dir() else None
+    state = [_changed_at(folder / name) for name in ("config.json", "tokenizer.json", *WEIGHT_FILES)]
     wanted = (str(folder.absolute()) if folder.is_dir() else str(model), state, options)
     with _loading:
         if _loaded is None or _loaded[0] != wanted:
@@ -348,31 +344,41 @@ def _keep_loaded(model: str | os.PathLike[str], options: dict[str, Any]) -> Rera
         return _loaded[1]
 
 
+def _changed_at(path: Path) -> int | None:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return None
+
+
 _threads_lock = threading.Lock()
-_threads_in_use = 0
-_threads_before = 0
+_threads_in_use: list[int] = []  # the numbers of the blocks that are running
+_threads_outside = 0
 
 
 @contextlib.contextmanager
 def _cpu_threads(count: int | None) -> Iterator[None]:
     """Lets torch use `count` CPU threads inside the block; None changes nothing."""
-    global _threads_in_use, _threads_before
+    global _threads_outside
     if count is None:
         yield
         return
-    # Torch keeps the number per thread, but a new thread begins with the number that was set last in any other. So the
-    # number to go back to is the one from before the first of the blocks that overlap.
+    # Torch keeps the number per thread, but a new thread begins with the number that was set last in any other. A
+    # thread that stands at the number of a running block has it from there, so it goes back to the one before.
     with _threads_lock:
-        if _threads_in_use == 0:
-            _threads_before = torch.get_num_threads()
-        _threads_in_use += 1
+        before = torch.get_num_threads()
+        if before in _threads_in_use:
+            before = _threads_outside
+        else:
+            _threads_outside = before
+        _threads_in_use.append(count)
         torch.set_num_threads(count)
     try:
         yield
     finally:
         with _threads_lock:
-            _threads_in_use -= 1
-            torch.set_num_threads(_threads_before)
+            _threads_in_use.remove(count)
+            torch.set_num_threads(before)
 
 
 def _callers_level() -> int:
@@ -406,7 +412,8 @@ def _find_limit(top_k: int | None, top_n: int | None) -> int | None:
     return operator.index(limit)
 
 
-def _find_device(device: str | torch.device | None) -> torch.device:
+def find_device(device: str | torch.device | None) -> torch.device:
+    """The device of that name, by default a GPU where torch finds one; ValueError for one that is not here."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

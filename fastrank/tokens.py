@@ -8,6 +8,7 @@ works. Ids, types and truncation equal `tokenizer(query, document, truncation="l
 from __future__ import annotations
 
 import json
+import math
 import re
 import threading
 from collections.abc import Sequence
@@ -81,6 +82,7 @@ class PairTokenizer:
         cls,
         name_or_path: str | Path,
         *,
+        num_positions: int | None = None,
         max_length: int | None = None,
         max_query_tokens: int | None = None,
         max_document_tokens: int | None = None,
@@ -92,7 +94,8 @@ class PairTokenizer:
 
         Arguments:
             name_or_path: a local folder or a name on the Hugging Face hub.
-            max_length: default: the smaller of the tokenizer's `model_max_length` and the model's positions.
+            num_positions: tokens of the longest pair that the model takes; default: no such limit.
+            max_length: default: the smaller of the tokenizer's `model_max_length` and `num_positions`.
             revision, token, local_files_only: as in transformers.
 
         Raises OSError where nothing loads, ValueError where `max_length` passes the model's positions.
@@ -118,12 +121,11 @@ class PairTokenizer:
             )
             first_line = str(error).strip().split("\n")[0]
             raise OSError(f"No tokenizer could be loaded from {name}: {advice} ({first_line})") from error
-        positions = _model_positions(name, hub)
         if max_length is None:
-            max_length = int(min(tokenizer.model_max_length, positions))
-        elif max_length > positions:
+            max_length = int(min(tokenizer.model_max_length, num_positions or math.inf))
+        elif num_positions is not None and max_length > num_positions:
             raise ValueError(
-                f"max_length is {max_length}, but {name} has only {positions} positions; give at most that."
+                f"max_length is {max_length}, but {name} has only {num_positions} positions; give at most that."
             )
         limits = {"max_query_tokens": max_query_tokens, "max_document_tokens": max_document_tokens}
         try:
@@ -140,6 +142,15 @@ class PairTokenizer:
     def pad_token_id(self) -> int | None:
         """The padding token's id; None where the tokenizer has none."""
         return self._tokenizer.pad_token_id
+
+    @property
+    def limits(self) -> str:
+        """What texts are cut to, in words."""
+        given = [f"max_length={self.max_length}"]
+        for name in ("max_query_tokens", "max_document_tokens"):
+            if (limit := getattr(self, name)) is not None:
+                given.append(f"{name}={limit}")
+        return ", ".join(given)
 
     @property
     def num_truncated(self) -> int:
@@ -169,9 +180,8 @@ class PairTokenizer:
             cut = {i: text for i, text in enumerate(texts) if isinstance(text, str) and len(text) > 16 * enough}
         if not cut:
             return self._encode_whole(texts)
-        for i, text in cut.items():
+        for i in cut:
             texts[i] = ""
-            cut[i] = text
         ids = self._encode_whole(texts)
         for i, text in cut.items():
             ids[i] = self._encode_start(text, enough)
@@ -309,19 +319,3 @@ def _flatten(component) -> list[dict]:
     state = json.loads(component.__getstate__())
     parts = state.get("pretokenizers") or state.get("normalizers")
     return [state] if parts is None else parts
-
-
-def _model_positions(name: str, hub: dict) -> float:
-    """Tokens that the model's position table holds, or infinity where no config.json says."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(name, **hub)
-    except (OSError, ValueError):
-        return float("inf")
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is None or positions < 1:
-        return float("inf")
-    # RoBERTa and its kin count positions from padding_idx + 1.
-    offset = config.pad_token_id + 1 if "roberta" in config.model_type or config.model_type == "camembert" else 0
-    return positions - offset

@@ -212,14 +212,11 @@ def test_positions_of_the_model_limit_the_length(tmp_path):
     tokenizer.model_max_length = 10**30
     tokenizer.save_pretrained(tmp_path)
     assert PairTokenizer.load(tmp_path).max_length == 10**30
-    config = {"model_type": "roberta", "max_position_embeddings": 130, "pad_token_id": 1}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert PairTokenizer.load(tmp_path).max_length == 128
+    assert PairTokenizer.load(tmp_path, num_positions=128).max_length == 128
+    assert PairTokenizer.load(tmp_path, num_positions=128, max_length=100).max_length == 100
     with pytest.raises(ValueError, match="only 128 positions"):
-        PairTokenizer.load(tmp_path, max_length=129)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "max_position_embeddings": 130}))
-    assert PairTokenizer.load(tmp_path).max_length == 130
-    assert PairTokenizer.load(MINILM).max_length == 512
+        PairTokenizer.load(tmp_path, num_positions=128, max_length=129)
+    assert PairTokenizer.load(MINILM, num_positions=1000).max_length == 512
 
 
 def test_saved_tokenizer_gives_the_same_pairs_everywhere(folder, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from fastrank.data import RankingList, write_lists
 from fastrank.losses import LOSSES
 from fastrank.train import TrainConfig, train
-from fastrank.train.config import to_yaml
+from fastrank.train.__main__ import main
+from fastrank.train.config import read_yaml, to_yaml
 from fastrank.train.feed import EvaluationSet, Feed
 from fastrank.train.loop import learning_rate_factor
 from fastrank.train.state import STATE_FILE
@@ -77,9 +79,6 @@ def assert_equal_weights(one: Path, other: Path, tolerance: float = 0.0) -> None
     for name in left:
         difference = float((left[name] - right[name]).abs().max())
         assert difference <= tolerance, f"{name} differs by {difference}"
-
-
-# -- what a step computes
 
 
 def test_steps_equal_a_plain_padded_loop(checkpoint, tmp_path):
@@ -199,6 +198,61 @@ def test_nan_score_names_its_pair(checkpoint, tmp_path):
 # -- what a run does
 
 
+def test_bf16_products_follow_the_weights(checkpoint, tmp_path):
+    """Evaluation and the two-pass gradient see what the optimizer has just made of the weights."""
+    config = make_config(checkpoint, tmp_path, precision="bf16", dropout=0.0, learning_rate=1e-2)
+    trainer = Trainer(config)
+    lists = make_lists(6)
+    trainer.scores(lists)
+    for number in range(3):
+        trainer.step(lists, number)
+    fresh = Trainer(config)
+    fresh.model.load_state_dict(trainer.model.state_dict())
+    for mine, theirs in zip(trainer.scores(lists), fresh.scores(lists), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    losses = []
+    for budget in (8192, 40):
+        trainer = Trainer(make_config(checkpoint, tmp_path, precision="bf16", dropout=0.0, max_batch_tokens=budget))
+        losses.append([trainer.step(lists, number) for number in range(4)])
+    assert losses[0] == pytest.approx(losses[1], abs=0.02) and losses[0][0] - losses[0][-1] > 0.05
+
+
+def test_a_weighted_sum_of_losses(checkpoint, tmp_path):
+    lists = make_lists(5)
+    trainer = Trainer(make_config(checkpoint, tmp_path, dropout=0.0))
+    scores = torch.from_numpy(np.concatenate(trainer.scores(lists)))
+    labels = torch.tensor([label for one in lists for label in one.labels])
+    offsets = torch.tensor([0, *np.cumsum([len(one) for one in lists])])
+    expected = LOSSES["ranknet"](scores, labels, offsets) + 0.25 * LOSSES["mse"](scores, labels, offsets, temperature=2)
+    for budget in (8192, 40):
+        trainer = Trainer(
+            make_config(
+                checkpoint, tmp_path, dropout=0.0, loss={"ranknet": 1, "mse": 0.25},
+                loss_options={"mse": {"temperature": 2}}, max_batch_tokens=budget,
+            )
+        )  # fmt: skip
+        assert trainer.step(lists, 0) == pytest.approx(float(expected), abs=1e-5)
+    with pytest.raises(ValueError, match="did you mean 'ranknet'"):
+        Trainer(make_config(checkpoint, tmp_path, loss={"rank_net": 1}))
+
+
+def test_labels_are_told_apart_beyond_float32(checkpoint, tmp_path):
+    one = RankingList("zip", ["a", "b", "c"], [2**24, 2**24 + 1, 2**24 + 2])
+    trainer = Trainer(make_config(checkpoint, tmp_path, dropout=0.0))
+    scores = torch.from_numpy(trainer.scores([one])[0])
+    assert trainer.step([one], 0) == pytest.approx(
+        float(LOSSES["ranknet"](scores, torch.arange(3), torch.tensor([0, 3]))), abs=1e-6
+    )
+
+
+def test_the_positions_of_the_model_limit_pairs(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": 10**30}))
+    trainer = Trainer(make_config(tmp_path / "model", tmp_path, max_length=None))
+    assert trainer.tokenizer.max_length == trainer.model.max_pair_tokens == 512
+
+
 def test_learning_rate():
     def factors(**keys):
         config = TrainConfig("m", [], "o", **keys)
@@ -280,13 +334,17 @@ def kill_when(process: subprocess.Popen, moment) -> bool:
 
 
 def test_a_killed_run_ends_like_one_that_never_stopped(checkpoint, tmp_path):
-    """Shuffling and dropout on, SIGKILL at five moments of one run, one of them while a state is being written."""
+    """Shuffling and dropout on, SIGKILL at six moments of one run, two of them while files are being written."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert start(checkpoint, whole).wait() == 0
     num_steps = steps_logged(whole)
     assert num_steps == 24
     moments = [
         ("before the first state", lambda: steps_logged(killed) >= 1),
+        (
+            "while the best weights are written",
+            lambda: steps_logged(killed) >= 3 and (killed / ".partial" / "model.safetensors").exists(),
+        ),
         ("in the middle", lambda: steps_logged(killed) >= 7),
         (
             "while a state is written",
@@ -310,9 +368,6 @@ def test_a_killed_run_ends_like_one_that_never_stopped(checkpoint, tmp_path):
         assert left == right
 
 
-# -- folders and keys
-
-
 def test_folders_in_use_are_refused(checkpoint, tmp_path):
     config = make_config(checkpoint, tmp_path / "run", max_steps=1)
     train(config, quiet=True)
@@ -332,10 +387,28 @@ def test_folders_in_use_are_refused(checkpoint, tmp_path):
     assert (foreign / "thesis.tex").exists()
 
 
+def test_what_is_wrong_is_found_before_anything_is_deleted(checkpoint, tmp_path):
+    folder = train(make_config(checkpoint, tmp_path / "run", max_steps=1), quiet=True)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for keys in (
+        {"model": str(tmp_path / "typo")},
+        {"train_data": str(tmp_path / "missing.jsonl")},
+        {"eval_data": str(tmp_path / "missing.jsonl")},
+        {"loss": "rank_net"},
+        {"model": str(folder)},
+    ):
+        with pytest.raises((ValueError, OSError)):
+            train(make_config(checkpoint, folder, overwrite=True, max_steps=1, **keys), quiet=True)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    with pytest.raises(ValueError, match=r"resume keeps .* overwrite deletes"):
+        make_config(checkpoint, folder, resume=True, overwrite=True)
+
+
 def test_two_runs_cannot_share_a_folder(checkpoint, tmp_path):
     process = start(checkpoint, tmp_path / "run")
     try:
         while not (tmp_path / "run" / "log.jsonl").exists():
+            assert process.poll() is None, "the run ended before it began to log"
             time.sleep(0.01)
         with pytest.raises(ValueError, match="in use by another training run"):
             train(make_config(checkpoint, tmp_path / "run", resume=True), quiet=True)
@@ -360,13 +433,42 @@ def test_a_broken_state_says_so(checkpoint, tmp_path):
         ("lr_scheduler_type", "step", "choose one of linear"),
         ("per_device_train_batch_size", 0, "must be at least 1"),
         ("learning_rate", -1.0, "must not be negative"),
-        ("learning_rate", float("nan"), "must not be negative"),
+        ("learning_rate", float("nan"), "learning_rate=nan: must be a number"),
         ("dropout", 1.0, r"must lie in \[0, 1\)"),
+        ("learning_rate", "fast", "learning_rate='fast': must be a number"),
+        ("max_steps", 1.5, "max_steps=1.5: must be a whole number"),
+        ("num_threads", 0, "num_threads=0: must be at least 1"),
+        ("resume", "no", "resume='no': must be true or false"),
+        ("loss_options", [1], "must be keys and values"),
+        ("loss", 3, "must be a text"),
     ],
 )
 def test_unusable_values(checkpoint, tmp_path, key, value, sentence):
     with pytest.raises(ValueError, match=sentence):
         make_config(checkpoint, tmp_path, **{key: value})
+
+
+def test_keys_from_yaml_and_python_become_what_they_mean(checkpoint, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"model: {checkpoint}\ntrain_data: x.jsonl\noutput_dir: o\nlearning_rate: 1e-4\nmax_steps: 3.0\n")
+    config = TrainConfig.from_mapping(read_yaml(path))
+    assert config.learning_rate == 1e-4 and config.max_steps == 3 and isinstance(config.max_steps, int)
+    rows = ({"query": one.query, "documents": one.documents, "labels": one.labels} for one in make_lists(4))
+    config = make_config(checkpoint, tmp_path / "run", model=checkpoint, output_dir=tmp_path / "run", train_data=rows,
+                         loss=user_loss, max_steps=1)  # fmt: skip
+    assert "test_train.user_loss" in to_yaml(config) and "4 rows given in Python" in to_yaml(config)
+    assert train(config, quiet=True) == tmp_path / "run"
+
+
+def test_a_flag_for_one_key_of_a_mapping_keeps_the_others(checkpoint, tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"model: {checkpoint}\ntrain_data: x\noutput_dir: o\nloss_options: {{discount: none, temperature: 2}}"
+    )
+    assert main([str(path), "--loss_options.temperature", "3", "--print_config"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["loss_options"] == {"discount": "none", "temperature": 3}
+    assert main([str(path), "--loss_options", "{temperature: 3}", "--print_config"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["loss_options"] == {"temperature": 3}
 
 
 def run_command(*argv: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
@@ -415,6 +517,7 @@ def test_the_command(checkpoint, tmp_path):
         (["--model", "m", "--train_data", "{folder}/bad.jsonl", "--output_dir", "{folder}/o"], "bad.jsonl:2:"),
         (["--model", "m", "--train_data", "{{runs: x}}", "--output_dir", "o"], "the nearest known one is 'run'"),
         (["--model", "m", "--train_data", "x", "--output_dir", "o", "--max_steps", "ten"], "max_steps"),
+        (["--model", "m", "--train_data", "{folder}/lists.jsonl", "--output_dir", "o", "--device", "warp"], "warp"),
         (["--model", "m", "--train_data", "{folder}/lists.jsonl", "--output_dir", "o", "--loss", "rnknet"], "ranknet"),
     ],
 )  # fmt: skip

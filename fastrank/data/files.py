@@ -106,9 +106,14 @@ def clean_text(text: str) -> str:
 def write_aside(path: str | os.PathLike[str]) -> Iterator[TextIO]:
     """A UTF-8 text stream whose content becomes `path` when the block ends well, and vanishes when it raises.
 
-    path: gzip-compressed where its name ends in .gz; its folder is made if need be.
+    path: gzip-compressed where its name ends in .gz; its folder is made if need be. A pipe or a device cannot be
+    replaced and is written to as it is.
     """
     target = Path(path)
+    if target.exists() and not target.is_file():
+        with open(target, "w", encoding="utf-8", newline="\n") as stream:
+            yield stream
+        return
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:

@@ -38,10 +38,12 @@ class Linear(nn.Linear):
         return F.linear(x.to(self.precision), self._cast_weights()[0]).to(x.dtype)
 
     def _cast_weights(self) -> tuple[Tensor, Tensor]:
-        if torch.is_grad_enabled() and self.weight.requires_grad:
+        if self.weight.requires_grad:  # an optimizer may change it, and a fused one does not count versions up
             return self.weight.to(self.precision), self.bias.to(self.precision)
-        # Without a gradient the cast weights are kept until an optimizer step or a move changes the originals.
-        state = (self.weight._version, self.weight.data_ptr(), self.bias._version, self.precision)
+        # Frozen weights are cast once, until a move or an edit in place changes them. Those that were made in
+        # inference mode count no versions.
+        version = None if self.weight.is_inference() else (self.weight._version, self.bias._version)
+        state = (version, self.weight.data_ptr(), self.precision)
         cast = self._cast
         if cast is None or cast[0] != state:
             weight, bias = self.weight.detach(), self.bias.detach()

@@ -6,12 +6,14 @@ import sys
 
 import yaml
 
-from .config import TrainConfig, as_flags, check_keys, read_yaml, recipe_names, resolve_recipe, to_yaml
+from fastrank.command_line import with_underscores
+
+from .config import TrainConfig, check_keys, read_yaml, recipe_names, resolve_recipe, to_yaml
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns 0, or 2 after one sentence on stderr."""
-    argv = as_flags(sys.argv[1:] if argv is None else argv)
+    argv = with_underscores(sys.argv[1:] if argv is None else argv)
     try:
         if "--demo" in argv:
             from .demo import demo_command
@@ -27,7 +29,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"fastrank.train: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("fastrank.train: stopped; the same command with --resume goes on from the last state.", file=sys.stderr)
+        print(
+            "fastrank.train: stopped; --resume goes on from the last state, if save_steps had one written.",
+            file=sys.stderr,
+        )
         return 130
     return 0
 
@@ -52,7 +57,9 @@ def _parse(argv: list[str]) -> TrainConfig | None:
     if argv and not argv[0].startswith("-"):
         mapping = read_yaml(resolve_recipe(argv.pop(0)))
     print_config = "--print_config" in argv
-    mapping |= _flags(parser, [word for word in argv if word != "--print_config"])
+    for name, (value, is_whole) in _flags(parser, [word for word in argv if word != "--print_config"]).items():
+        # --loss_options.temperature 2 changes one key of the file's loss_options.
+        mapping[name] = value if is_whole or not mapping.get(name) else {**mapping[name], **value}
     config = TrainConfig.from_mapping(mapping, "the command line")
     if print_config:
         print(to_yaml(config), end="")
@@ -61,15 +68,17 @@ def _parse(argv: list[str]) -> TrainConfig | None:
 
 
 def _flags(parser, argv: list[str]) -> dict:
-    """The flags given, and no defaults: typed and checked by jsonargparse."""
+    """The flags given, and no defaults: each name's value, typed and checked by jsonargparse, and whether it is the
+    whole value."""
     from jsonargparse import ArgumentError
 
-    names = []
+    names: dict[str, bool] = {}
     for position, word in enumerate(argv):
         if word.startswith("--"):
-            name = word[2:].split("=")[0].split(".")[0]
+            name, _, part = word[2:].split("=")[0].partition(".")
             check_keys({name: None}, f"flag --{name}")
-            names.append("warmup_steps" if name == "warmup_ratio" else name)
+            name = "warmup_steps" if name == "warmup_ratio" else name
+            names[name] = names.get(name, False) or not part
         elif position == 0 or not argv[position - 1].startswith("--") or "=" in argv[position - 1]:
             raise ValueError(f"{word!r} follows no --key; flags are written --key value.")
     words = [word.replace("--warmup_ratio", "--warmup_steps") if word.startswith("--") else word for word in argv]
@@ -79,7 +88,7 @@ def _flags(parser, argv: list[str]) -> dict:
     except ArgumentError as error:
         raise ValueError(" ".join(str(error).split())) from None
     plain = yaml.safe_load(parser.dump(parsed, skip_validation=True))
-    return {name: plain[name] for name in names}
+    return {name: (plain[name], is_whole) for name, is_whole in names.items()}
 
 
 def _bare_flags_mean_true(words: list[str]) -> list[str]:

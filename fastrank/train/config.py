@@ -8,14 +8,16 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.resources
+import math
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-__all__ = ["TrainConfig", "as_flags", "read_yaml", "recipe_names", "resolve_recipe"]
+__all__ = ["TrainConfig", "read_yaml", "recipe_names", "resolve_recipe"]
 
 SCHEDULES = ("linear", "constant", "cosine")
 PRECISIONS = {"float32": "float32", "fp32": "float32", "bf16": "bf16", "bfloat16": "bf16"}
@@ -34,8 +36,10 @@ class TrainConfig:
         output_dir: Folder that receives the best checkpoint, log.jsonl and the state to resume from.
         eval_data: What to measure nDCG@10 on every eval_steps steps, in the same forms; none: the last weights are
             kept.
-        loss: Name in fastrank.losses.LOSSES, or the dotted path of a function with the same signature.
-        loss_options: Keyword arguments of the loss, such as {temperature: 2}.
+        loss: Name in fastrank.losses.LOSSES, or a weight for each of several, such as {ranknet: 1, mse: 0.1}, or the
+            dotted path of a function with the same signature (from Python also the function itself).
+        loss_options: Keyword arguments of the loss, such as {temperature: 2}; of several by name, {mse: {temperature:
+            2}}.
         learning_rate: Peak rate of AdamW.
         head_learning_rate: Peak rate of the classification head (pooler included); default: learning_rate.
         lr_scheduler_type: linear, constant or cosine, each after the warm-up.
@@ -72,7 +76,7 @@ class TrainConfig:
     train_data: Any
     output_dir: str
     eval_data: Any = None
-    loss: str = "ranknet"
+    loss: str | dict[str, float] = "ranknet"
     loss_options: dict[str, Any] = field(default_factory=dict)
     learning_rate: float = 1e-5
     head_learning_rate: float | None = None
@@ -105,13 +109,26 @@ class TrainConfig:
     dry_run: bool = False
 
     def __post_init__(self) -> None:
+        for each in dataclasses.fields(self):
+            setattr(self, each.name, _typed(each.name, each.type, getattr(self, each.name)))
+        for name in ("train_data", "eval_data"):
+            if isinstance(getattr(self, name), Iterator):  # it is read more than once
+                setattr(self, name, list(getattr(self, name)))
+        if self.resume and self.overwrite:
+            raise ValueError("resume keeps what lies in output_dir and overwrite deletes it: give one of them.")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision={self.precision!r}: training knows {', '.join(PRECISIONS)}.")
         self.precision = PRECISIONS[self.precision]
         if self.lr_scheduler_type not in SCHEDULES:
             raise ValueError(f"lr_scheduler_type={self.lr_scheduler_type!r}: choose one of {', '.join(SCHEDULES)}.")
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_batch_tokens", "logging_steps"):
-            if getattr(self, name) < 1:
+        for name in (
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+            "max_batch_tokens",
+            "logging_steps",
+            "num_threads",
+        ):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1.")
         for name in (
             "learning_rate",
@@ -153,8 +170,34 @@ class TrainConfig:
         return [key for key in mine if key not in RESUMABLE and mine[key] != other.get(key, mine[key])]
 
 
+def _typed(name: str, kind: str, value: Any) -> Any:
+    """The value as what its key holds: YAML reads 1e-4 as a text, and a path from Python is a Path."""
+    wanted, _, optional = kind.partition(" | ")
+    if value is None and optional == "None":
+        return None
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if wanted in ("int", "float"):
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if isinstance(value, bool) or math.isnan(number) or (wanted == "int" and number % 1):
+            raise ValueError(f"{name}={value!r}: must be a {'whole ' if wanted == 'int' else ''}number.")
+        return int(number) if wanted == "int" else number
+    if wanted == "bool" and not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r}: must be true or false.")
+    if wanted == "str" and not (isinstance(value, str) or (name == "loss" and isinstance(value, dict | Callable))):
+        raise ValueError(f"{name}={value!r}: must be a text.")
+    if wanted.startswith("dict") and not isinstance(value, dict):
+        raise ValueError(f"{name}={value!r}: must be keys and values.")
+    return value
+
+
 def to_yaml(config: TrainConfig) -> str:
     mapping = dict(vars(config))
+    if callable(config.loss):
+        mapping["loss"] = f"{config.loss.__module__}.{config.loss.__qualname__}"
     for key in ("train_data", "eval_data"):
         mapping[key] = _plain(mapping[key])
     return yaml.safe_dump(mapping, sort_keys=False, allow_unicode=True)
@@ -213,13 +256,3 @@ def resolve_recipe(name: str) -> Path:
     if name in recipe_names():
         return Path(str(importlib.resources.files("fastrank") / "recipes" / f"{name}.yaml"))
     raise ValueError(f"{name!r} is neither a YAML file nor a recipe; the recipes are {', '.join(recipe_names())}.")
-
-
-def as_flags(argv: list[str]) -> list[str]:
-    """--learning-rate → --learning_rate; values are left alone."""
-    return [
-        "--" + (head := word[2:].split("=", 1))[0].replace("-", "_") + ("=" + head[1] if len(head) == 2 else "")
-        if word.startswith("--")
-        else word
-        for word in argv
-    ]

@@ -26,8 +26,8 @@ from fastrank.evaluate import evaluate, run_from_scores
 from fastrank.reranker import Reranker
 from fastrank.tokens import PairTokenizer
 
-from .config import TrainConfig
-from .loop import check_folder, train
+from .config import TrainConfig, read_yaml
+from .loop import CONFIG_FILE, check_folder, train
 from .report import plot_curves, read_log
 
 MEASURE = "nDCG@10"
@@ -79,6 +79,7 @@ def demo_command(argv: Sequence[str]) -> int:
     }
     second = TrainConfig(model="first stage", train_data=labelled, output_dir=str(folder), loss="lce", **shared)
     check_folder(second)
+    _refuse_other_runs(folder)
     with tempfile.TemporaryDirectory() as stages:
         start = _start_weights(base, Path(stages) / "start")
         untrained = _cross_encoder_scores(start, corpus.test.lists[:UNTRAINED_QUERIES])
@@ -116,12 +117,19 @@ def demo_command(argv: Sequence[str]) -> int:
     result = {
         "measure": MEASURE,
         **figures,
+        "untrained_queries": len(untrained),
         "pairs_per_second": round(sum(rates) / len(rates), 1),
         "seconds": round(time.perf_counter() - started, 1),
         "checkpoint": str(folder),
     }
     print(json.dumps(result))
     return 0
+
+
+def _refuse_other_runs(folder: Path) -> None:
+    stored = folder / CONFIG_FILE
+    if stored.exists() and not str(read_yaml(stored).get("train_data")).endswith("rows given in Python"):
+        raise ValueError(f"{folder} holds a training run that is not the demo's: name another --output_dir.")
 
 
 def base_weights() -> Path:

@@ -33,7 +33,7 @@ def train(config: TrainConfig, *, quiet: bool = False) -> Path:
     """Trains a cross-encoder and returns its checkpoint folder, config.output_dir.
 
     The folder opens in fastrank, transformers and sentence-transformers. It holds the weights with the best nDCG@10
-    on eval_data, or the last ones where there is none.
+    on eval_data of all that were measured after a step, or the last ones where there is no eval_data.
 
     Args:
         config: The run; see TrainConfig.
@@ -42,6 +42,7 @@ def train(config: TrainConfig, *, quiet: bool = False) -> Path:
     Raises:
         ValueError: An unusable key, file, folder or checkpoint, or a loss that is no longer finite; the message says
             which.
+        OSError: A model that is not there.
     """
     folder = Path(config.output_dir)
     feed = Feed(config.train_data, lists_per_step=config.lists_per_step, seed=config.seed)
@@ -61,6 +62,9 @@ def train(config: TrainConfig, *, quiet: bool = False) -> Path:
             raise ValueError(
                 f"The training data differ from those that {folder} was trained on: start anew with --overwrite."
             )
+        if config.overwrite:  # only now that everything has been read, and nothing can be wrong with it any more
+            for entry in _left_in(folder):
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         with write_aside(folder / CONFIG_FILE) as file:
             file.write(to_yaml(config))
         report = Report(folder, num_steps, logged_until, quiet=quiet)
@@ -108,13 +112,14 @@ def _run(
             save_model(folder, trainer.model, trainer.tokenizer)
         if len(record) > 1:
             report.record(record)
-        if last or progress.step % save_steps == 0:
+        if (last or progress.step % save_steps == 0) and math.isfinite(progress.loss_sum):
             save_state(folder, trainer.model, trainer.optimizer, progress)
     if trainer.num_lists_without_terms:
         count = trainer.num_lists_without_terms
         report.line(f"lists that gave the loss no term (no positive, or all labels equal): {count}")
     if trainer.tokenizer.num_truncated:
-        report.line(f"pairs truncated to {trainer.tokenizer.max_length} tokens: {trainer.tokenizer.num_truncated}")
+        count = trainer.tokenizer.num_truncated
+        report.line(f"pairs cut to {trainer.tokenizer.limits}, counted each time they were seen: {count}")
     if progress.best_step is not None:
         report.line(f"best nDCG@10 {progress.best_measure:.4f} at step {progress.best_step}")
     report.line(f"checkpoint: {folder}")
@@ -154,7 +159,7 @@ def _announce(report: Report, trainer: Trainer, feed: Feed, num_steps: int, prog
 def _print_plan(config: TrainConfig, feed: Feed, num_steps: int) -> None:
     lists = feed.step(0)
     pairs = sum(len(one.documents) for one in lists)
-    tokens = sum(len(ids) for one in Trainer(config).tokenise(lists) for ids, _ in one)
+    tokens = sum(len(ids) for one in Trainer(config).tokenize(lists) for ids, _ in one)
     print(f"{feed.num_lists} lists, {config.lists_per_step} a step, {num_steps} steps")
     print(
         f"first step: {pairs} pairs, {tokens} tokens; "
@@ -170,6 +175,8 @@ def check_folder(config: TrainConfig) -> None:
     """
     folder = Path(config.output_dir)
     left = _left_in(folder)
+    if left and Path(config.model).is_dir() and folder.samefile(config.model):
+        raise ValueError(f"{folder} holds the model to start from; name another output_dir.")
     if left and config.overwrite:
         if not (folder / CONFIG_FILE).exists():
             raise ValueError(
@@ -195,7 +202,7 @@ def _left_in(folder: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def _claimed(folder: Path, config: TrainConfig):
-    """Holds the folder against a second run; with overwrite, what an earlier run left goes."""
+    """Holds the folder against a second run."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
         try:
@@ -203,7 +210,4 @@ def _claimed(folder: Path, config: TrainConfig):
         except OSError:
             raise ValueError(f"{folder} is in use by another training run that is still going.") from None
         check_folder(config)
-        if config.overwrite:
-            for entry in _left_in(folder):
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         yield

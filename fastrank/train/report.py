@@ -1,4 +1,4 @@
-"""What a run tells: a progress bar and lines on stderr, JSON lines on stdout and in log.jsonl, curves in curves.png."""
+"""What a run tells: a progress bar and lines on stderr, JSON lines on stdout and in log.jsonl; curves for the demo."""
 
 from __future__ import annotations
 

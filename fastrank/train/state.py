@@ -82,5 +82,5 @@ def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
     for key, moment in stored.items():
         kind, name = key.split(".", 1)
         target = names[name]
-        optimizer.state[target][kind] = moment if kind == "step" else moment.to(target.device)
+        optimizer.state[target][kind] = moment.to(target.device)  # a fused AdamW counts its steps there, too
     return progress

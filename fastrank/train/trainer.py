@@ -17,10 +17,10 @@ from torch import Tensor
 
 from fastrank.checkpoint import load_model
 from fastrank.data import RankingList
-from fastrank.losses import LOSSES, count_terms, resolve_loss
+from fastrank.losses import Loss, WeightedSum, count_terms, resolve_loss
 from fastrank.model import CrossEncoder
 from fastrank.packing import Pair, pack_lists, plan_chunks
-from fastrank.reranker import Reranker
+from fastrank.reranker import Reranker, find_device
 from fastrank.tokens import PairTokenizer
 
 from .config import TrainConfig
@@ -36,29 +36,33 @@ class Trainer:
 
     Raises:
         ValueError: An unusable model, loss or key.
+        OSError: A model that is not there.
     """
 
     def __init__(self, config: TrainConfig):
         self.config = config
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
-        automatic = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(automatic if config.device == "auto" else config.device)
-        self.loss = resolve_loss(config.loss)
+        self.device = find_device(None if config.device == "auto" else config.device)
+        if isinstance(config.loss, dict):
+            self.loss, self.loss_options = WeightedSum(config.loss, config.loss_options), {}
+        else:
+            self.loss, self.loss_options = resolve_loss(config.loss), config.loss_options
+        model = load_model(config.model, head="initialise", seed=config.seed, dropout=config.dropout)
         self.tokenizer = PairTokenizer.load(
             config.model,
+            num_positions=model.max_pair_tokens,
             max_length=config.max_length,
             max_query_tokens=config.max_query_tokens,
             max_document_tokens=config.max_document_tokens,
         )
-        self.model = load_model(config.model, head="initialise", seed=config.seed, dropout=config.dropout).to(
-            self.device
-        )
+        self.model = model.to(self.device)
         if config.precision != "float32":
             self.model.to_precision(config.precision)
         _freeze(self.model, config.freeze_layers)
         self.optimizer = self._make_optimizer()
         self.num_lists_without_terms = 0
+        self._reranker = Reranker.from_parts(self.model, self.tokenizer, max_batch_tokens=config.max_batch_tokens)
         self._token_ids: dict[str, np.ndarray] = {}
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
@@ -99,26 +103,29 @@ class Trainer:
             group["lr"] = group["peak"] * rate_factor
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        encoded = self.tokenise(lists)
-        labels = [torch.tensor(one.labels, dtype=torch.float32) for one in lists]
+        encoded = self.tokenize(lists)
+        # Our losses tell labels apart that are one number in float32; a user's gets what it computes in.
+        known = isinstance(self.loss, Loss)
+        labels = [torch.tensor(one.labels, dtype=torch.float64 if known else torch.float32) for one in lists]
         sizes = [sum(len(ids) for ids, _ in one) for one in encoded]
         budget = self.config.max_batch_tokens
-        known = self.config.loss in LOSSES
         num_terms = None
         if known:
-            terms = count_terms(self.config.loss, torch.cat(labels), _offsets(labels), **self.config.loss_options)
+            terms = count_terms(self.loss.name, torch.cat(labels), _offsets(labels), **self.loss_options)
             self.num_lists_without_terms += int((terms == 0).sum())
             num_terms = max(1, int(terms.sum()))
-        if max(sizes) > budget or (not known and sum(sizes) > budget):
-            loss = self._backward_in_two_passes(lists, encoded, labels, number)
-        else:
-            loss = 0.0
-            for index, chunk in enumerate(plan_chunks(sizes, budget)):
-                scores = self._scores([encoded[i] for i in chunk], number, index)
-                self._refuse_nan(scores, [lists[i] for i in chunk])
-                part = self._loss(scores, [labels[i] for i in chunk], num_terms)
-                part.backward()
-                loss += part.detach()
+        loss, num_passes = 0.0, 0
+        for chunk in plan_chunks(sizes, budget) if known else [range(len(lists))]:
+            part = [[values[i] for i in chunk] for values in (lists, encoded, labels)]
+            if sum(sizes[i] for i in chunk) <= budget:
+                scores = self._scores(part[1], number, num_passes)
+                num_passes += 1
+                self._refuse_nan(scores, part[0])
+                value = self._loss(scores, part[2], num_terms)
+                value.backward()
+            else:
+                value, num_passes = self._backward_in_two_passes(*part, num_terms, number, num_passes)
+            loss += value.detach()
         if self.config.max_grad_norm > 0:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         self.optimizer.step()
@@ -127,23 +134,27 @@ class Trainer:
     def _loss(self, scores: Tensor, labels: list[Tensor], num_terms: int | None) -> Tensor:
         arguments = (scores, torch.cat(labels).to(self.device), _offsets(labels).to(self.device))
         if num_terms is None:
-            return self.loss(*arguments, **self.config.loss_options)
-        return self.loss(*arguments, reduction="sum", **self.config.loss_options) / num_terms
+            return self.loss(*arguments, **self.loss_options)
+        return self.loss(*arguments, reduction="sum", **self.loss_options) / num_terms
 
-    def _backward_in_two_passes(self, lists, encoded: list[list[Pair]], labels: list[Tensor], number: int) -> Tensor:
+    def _backward_in_two_passes(
+        self, lists, encoded: list[list[Pair]], labels: list[Tensor], num_terms: int | None, number: int, first: int
+    ) -> tuple[Tensor, int]:
+        """first: index of the first pass. Returns the loss and the index after the last pass."""
         pairs = [pair for one in encoded for pair in one]
         passes = [
             [pairs[i] for i in part]
             for part in plan_chunks([len(ids) for ids, _ in pairs], self.config.max_batch_tokens)
         ]
         with torch.no_grad():
-            scores = torch.cat([self._scores([part], number, index) for index, part in enumerate(passes)])
+            scores = torch.cat([self._scores([part], number, index) for index, part in enumerate(passes, first)])
         self._refuse_nan(scores, lists)
-        loss = self._loss(scores.requires_grad_(), labels, None)
+        loss = self._loss(scores.requires_grad_(), labels, num_terms)
         (gradient,) = torch.autograd.grad(loss, scores)
-        for index, (part, slope) in enumerate(zip(passes, gradient.split([len(p) for p in passes]), strict=True)):
+        slopes = gradient.split([len(part) for part in passes])
+        for index, (part, slope) in enumerate(zip(passes, slopes, strict=True), first):
             self._scores([part], number, index).backward(slope)
-        return loss.detach()
+        return loss, first + len(passes)
 
     def _scores(self, encoded: list[list[Pair]], number: int, index: int) -> Tensor:
         # Dropout's masks follow from where the pass stands in the run, so a resumed run draws the same ones.
@@ -164,8 +175,8 @@ class Trainer:
                 )
             position -= len(one.documents)
 
-    def tokenise(self, lists: Sequence[RankingList]) -> list[list[Pair]]:
-        """Each list's pairs as (token ids, token types); every text is tokenised once in the run."""
+    def tokenize(self, lists: Sequence[RankingList]) -> list[list[Pair]]:
+        """Each list's pairs as (token ids, token types); every text is tokenized once in the run."""
         ids = self._token_ids
         texts = [
             text for text in dict.fromkeys(t for one in lists for t in (one.query, *one.documents)) if text not in ids
@@ -177,12 +188,9 @@ class Trainer:
     def scores(self, lists: Sequence[RankingList]) -> list[np.ndarray]:
         """Scores of every list's documents without a gradient, each float32 (documents,)."""
         self.model.eval()
-        try:
-            return Reranker.from_parts(
-                self.model, self.tokenizer, max_batch_tokens=self.config.max_batch_tokens
-            ).score_lists(lists)
-        finally:
-            self.model.train()
+        scores = self._reranker.score_pairs([pair for one in self.tokenize(lists) for pair in one])
+        self._refuse_nan(torch.from_numpy(scores), lists)
+        return np.split(scores, np.cumsum([len(one.documents) for one in lists])[:-1])
 
 
 def _freeze(model: CrossEncoder, layers: int) -> None:

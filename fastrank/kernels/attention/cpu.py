@@ -27,8 +27,8 @@ def refusals(tensor: Tensor) -> list[str]:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, query_offsets: Tensor | None, scale: float) -> Tensor:
-    cuts = offsets.numpy()
-    query_cuts = cuts if query_offsets is None else query_offsets.numpy()
+    cuts = offsets.contiguous().numpy()
+    query_cuts = cuts if query_offsets is None else query_offsets.contiguous().numpy()
     segments = [query_cuts[:-1], query_cuts[1:], cuts[:-1], cuts[1:]]
     return _attend(q, k, v, segments, scale, torch.empty)
 
@@ -43,7 +43,7 @@ def padded_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: fl
 
 
 def fused_attention(qkv: Tensor, offsets: Tensor, scale: float) -> Tensor:
-    cuts = offsets.numpy()
+    cuts = offsets.contiguous().numpy()
     segments = [cuts[:-1], cuts[1:]] * 2
     if torch.is_grad_enabled() and qkv.requires_grad:
         return _FusedAttention.apply(qkv, segments, scale)
