@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import shutil
+import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -69,6 +70,10 @@ def load_model(
         model = from_hub(config, weights, may_initialise=head == "initialise", seed=seed, dropout=dropout)
     except ValueError as error:
         raise ValueError(f"{name_or_path}: {error}") from error
+    except (TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError, struct.error) as error:
+        # A config or a weight file of a form that nobody would write on purpose.
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(f"{name_or_path}: config.json or the weights are not as they should be ({reason})") from error
     return model.eval()
 
 
@@ -109,7 +114,8 @@ def score_activation(config: Mapping[str, Any]) -> Literal["none", "sigmoid"]:
     config: the parsed file (`model.config`). One label without an entry means sigmoid. Raises ValueError for any other
     function.
     """
-    path = (config.get("sentence_transformers") or {}).get("activation_fn")
+    entry = config.get("sentence_transformers")
+    path = entry.get("activation_fn") if isinstance(entry, Mapping) else None
     path = path or config.get("sbert_ce_default_activation_function")
     if path is None:
         return "sigmoid" if count_labels(config) == 1 else "none"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+MAX_THREADS = 1024  # thousands of them end the process
+
 
 def with_underscores(argv: Sequence[str]) -> list[str]:
     """--learning-rate becomes --learning_rate; values are left alone."""

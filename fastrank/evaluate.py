@@ -19,6 +19,7 @@ from fastrank.command_line import OneSentenceParser, with_underscores
 from fastrank.data import RankingList, read_qrels, read_run
 from fastrank.data.ranking_list import list_keys
 
+MAX_GRADE = 2**20  # trec_eval keeps a counter for every grade up to the highest
 DEFAULT_MEASURES = ("nDCG@10",)
 
 
@@ -215,8 +216,10 @@ def _whole_grade(query_id: str, document_id: str, grade: float) -> int:
         whole = int(grade)
     except (OverflowError, ValueError):
         whole = None
-    if whole is None or whole != grade or not -(2**31) <= whole < 2**31:
+    if whole is None or whole != grade or abs(whole) > MAX_GRADE:
         raise ValueError(
-            f"query {query_id!r}, document {document_id!r}: the grade {grade} is no whole number, which measures need"
+            f"query {query_id!r}, document {document_id!r}: the grade {grade} is no whole number up to {MAX_GRADE}, "
+            "which measures need"
         )
-    return whole
+    # Junk, as some collections grade it, is judged and not relevant; trec_eval's C code takes its number for a place.
+    return max(whole, 0)

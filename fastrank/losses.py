@@ -12,6 +12,7 @@ import importlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from fastrank import ops
 
 __all__ = ["LOSSES", "Loss", "UnknownLoss", "WeightedSum", "count_terms", "resolve_loss"]
 
+SMALLEST = 1e-30  # of positive options: scores over it must stay float32 numbers
 REDUCTIONS = ("mean", "list_mean", "none", "sum")
 
 
@@ -55,15 +57,17 @@ class Option:
         elif self.kind == "flag":
             holds, rule = isinstance(value, bool), "must be True or False"
         elif self.kind == "count":
-            holds = isinstance(value, int) and not isinstance(value, bool) and value > 0
+            holds = isinstance(value, Integral) and not isinstance(value, bool) and value > 0
             rule = "must be a whole number above 0"
         else:
-            holds = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-            holds = holds and (self.kind == "number" or value > 0)
+            holds = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+            holds = holds and (self.kind == "number" or value > SMALLEST)
             rule = "must be a finite number" + (" above 0" if self.kind == "positive" else "")
         if not holds:
             raise ValueError(f"{name}={value!r}: {rule}{' or None' if self.optional else ''}.")
-        return float(value) if self.kind in ("positive", "number") else value
+        if value is None or self.kind in ("choice", "flag"):
+            return value
+        return int(value) if self.kind == "count" else float(value)  # of NumPy's numbers, too
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,6 @@ class Loss:
         options = self.fill(options)
         if reduction not in REDUCTIONS:
             raise ValueError(f"reduction={reduction!r}: choose one of {', '.join(REDUCTIONS)}.")
-        list_offsets = _narrow(list_offsets)
         if scores.dtype in (torch.bfloat16, torch.float16):
             scores = scores.float()
         check = self.allowed_labels(options) if check or (check is None and scores.device.type == "cpu") else ""
@@ -282,7 +285,7 @@ def count_terms(name: str, labels: Tensor, list_offsets: Tensor, **options: obje
     name: a loss of LOSSES. labels, list_offsets, options: as the loss takes them.
     """
     LOSSES[name].fill(options)
-    return ops.listwise_terms(name, labels, _narrow(list_offsets))
+    return ops.listwise_terms(name, labels, list_offsets)
 
 
 def resolve_loss(loss: str | Mapping[str, float] | Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -314,7 +317,3 @@ def resolve_loss(loss: str | Mapping[str, float] | Callable[..., Tensor]) -> Cal
 def _nearest(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     return f" (did you mean {near[0]!r}?)" if near else ""
-
-
-def _narrow(list_offsets: Tensor) -> Tensor:
-    return list_offsets.to(torch.int32) if list_offsets.dtype == torch.int64 else list_offsets

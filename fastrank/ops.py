@@ -55,7 +55,7 @@ def attention(
         raise ValueError(
             f"q has {q.shape[0]} tokens and k {k.shape[0]}: where they differ, query_offsets must cut q into pairs."
         )
-    scale = q.shape[2] ** -0.5 if scale is None else float(scale)
+    scale = max(q.shape[2], 1) ** -0.5 if scale is None else float(scale)
     return choose("attention", backend, q).attention(q, k, v, offsets, query_offsets, scale)
 
 
@@ -68,7 +68,7 @@ def fused_attention(qkv: Tensor, offsets: Tensor, *, scale: float | None = None,
     _require(qkv.dim() == 4 and qkv.shape[1] == 3, "fused_attention takes qkv (tokens, 3, heads, head_dim)", qkv=qkv)
     _require_contiguous_rows(qkv=qkv)
     _check_offsets("offsets", offsets, qkv)
-    scale = qkv.shape[3] ** -0.5 if scale is None else float(scale)
+    scale = max(qkv.shape[3], 1) ** -0.5 if scale is None else float(scale)
     return choose("attention", backend, qkv).fused_attention(qkv, offsets, scale)
 
 
@@ -99,7 +99,7 @@ def padded_attention(
         values = lengths.numpy()
         if values.min() < 0 or values.max() > q.shape[1]:
             raise ValueError(f"lengths must lie in [0, {q.shape[1]}], but reach from {values.min()} to {values.max()}.")
-    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    scale = max(q.shape[3], 1) ** -0.5 if scale is None else float(scale)
     return choose("attention", backend, q).padded_attention(q, k, v, lengths, scale)
 
 
@@ -150,11 +150,11 @@ def listwise(
     """The terms of a listwise loss, summed and counted list by list; the sums are differentiable once in scores.
 
     name: a loss of fastrank.losses.LOSSES, which is what a user calls. scores, labels: (documents,); labels of any real
-    dtype, higher is better. list_offsets: int32 (lists + 1,). options: all options of the loss, as Loss.fill returns
-    them. check: which labels the loss allows, a key of LABELS; scores must then be finite, too; "" looks at no value.
-    Returns the sums (lists,) in the scores' dtype and the counts int64 (lists,). Raises ValueError with the offending
-    shapes or values. It is one operator to torch.compile, torch.ops.fastrank.listwise, whose third output is the
-    gradients of the sums.
+    dtype, higher is better. list_offsets: int32 or int64 (lists + 1,). options: all options of the loss, as Loss.fill
+    returns them. check: which labels the loss allows, a key of LABELS; scores must then be finite, too; "" looks at no
+    value. Returns the sums (lists,) in the scores' dtype and the counts int64 (lists,). Raises ValueError with the
+    offending shapes or values. To torch.compile it is one operator, torch.ops.fastrank.listwise, whose third output is
+    the gradients of the sums.
     """
     _require(
         scores.dim() == 1 and labels.shape == scores.shape,
@@ -165,6 +165,8 @@ def listwise(
     )
     if not scores.is_floating_point():
         raise ValueError(f"scores must be floating point numbers, not {scores.dtype}.")
+    if labels.is_complex():
+        raise ValueError(f"labels must be real numbers, not {labels.dtype}.")
     if labels.device != scores.device:
         raise ValueError(f"labels must be on {scores.device}, where the scores are, not on {labels.device}.")
     _check_offsets("list_offsets", list_offsets, scores, segment="list", row="document", values=False)
@@ -200,7 +202,7 @@ def _run_listwise(
     kernels = choose("listwise", backend, scores)
     _check_loss(name, kernels.LOSSES)
     known = choose("listwise", "reference", scores).OPTIONS[name]
-    return kernels.listwise(name, scores, labels, list_offsets, {option: options[option] for option in known})
+    return kernels.listwise(name, scores, labels, list_offsets.int(), {option: options[option] for option in known})
 
 
 @torch.library.register_fake("fastrank::listwise")
@@ -309,8 +311,8 @@ def _check_offsets(
     name: str, offsets: Tensor, rows: Tensor, *, segment: str = "pair", row: str = "token", values: bool = True
 ) -> None:
     """Offsets begin at 0, never decrease and end at the number of rows: otherwise a kernel would read foreign
-    memory."""
-    _require_integers(name, offsets, rows, (torch.int32,))
+    memory. Those of lists may be int64, which is what torch makes by itself."""
+    _require_integers(name, offsets, rows, (torch.int32, torch.int64) if segment == "list" else (torch.int32,))
     if offsets.dim() != 1 or not len(offsets):
         raise ValueError(f"{name} must have the shape ({segment}s + 1,), not {_shape(offsets)}.")
     if not values or offsets.device.type != "cpu":

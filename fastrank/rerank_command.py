@@ -70,6 +70,7 @@ def _run(options: argparse.Namespace) -> None:
     for library in (huggingface_hub, transformers):
         library.logging.set_verbosity_error()  # their retries and hints would surround the one sentence of an error
     # What is wrong with the files shows before the model is loaded.
+    _check_output(options.output)
     blocks = _lists_of_run(options) if options.run else None
     model_options = {name: getattr(options, name) for name in OPTIONS if getattr(options, name) is not None}
     reranker = Reranker(options.model, activation=options.activation, **model_options)
@@ -170,6 +171,18 @@ def _blocks(rows: Iterable[tuple]) -> Iterator[list[tuple]]:
             block.append(row)
             size += max(1, len(row[3]))
         yield block
+
+
+def _check_output(path: str) -> None:
+    """Refuses now what could not be written once all is scored."""
+    if path == "-":
+        return
+    target = Path(expand_path(path))
+    if target.is_dir():
+        raise DataError("is a folder; --output must name a file", path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(target.parent, os.W_OK):
+        raise DataError(f"the folder {target.parent} cannot be written to", path)
 
 
 @contextlib.contextmanager

@@ -7,12 +7,13 @@ raw float32 scores; an activation only changes the numbers that are shown, so th
 from __future__ import annotations
 
 import contextlib
+import math
 import operator
 import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 
 from fastrank.checkpoint import WEIGHT_FILES, load_model, score_activation
+from fastrank.command_line import MAX_THREADS
 from fastrank.model import CrossEncoder
 from fastrank.packing import Pair, pack_pairs, plan_batches, restore_order
 from fastrank.ranking import RankedDocument, Ranking, describe, document_id, document_text
@@ -94,12 +96,15 @@ class Reranker:
         place = find_device(device)
         precision = _find_dtype(dtype, place)
         _check_activation(activation)
-        name = str(demo_folder() if model == "demo" else model)
-        hub = {"revision": revision, "token": token, "local_files_only": local_files_only}
-        loaded = load_model(name, head="required", **hub)
-        limits = {"max_query_tokens": max_query_tokens, "max_document_tokens": max_document_tokens}
-        tokenizer = PairTokenizer.load(
-            name, num_positions=loaded.max_pair_tokens, max_length=max_length, **limits, **hub
+        loaded, tokenizer = load_parts(
+            model,
+            head="required",
+            limits={
+                "max_length": max_length,
+                "max_query_tokens": max_query_tokens,
+                "max_document_tokens": max_document_tokens,
+            },
+            hub={"revision": revision, "token": token, "local_files_only": local_files_only},
         )
         self._set_up(
             loaded.requires_grad_(False).to(place).to_precision(precision),
@@ -140,9 +145,8 @@ class Reranker:
         self.device = next(model.parameters()).device
         if max_batch_tokens is None:
             max_batch_tokens = DEFAULT_MAX_BATCH_TOKENS.get(self.device.type, DEFAULT_MAX_BATCH_TOKENS["cpu"])
-        for name, value in (("max_batch_tokens", max_batch_tokens), ("num_threads", num_threads)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1.")
+        check_count("max_batch_tokens", max_batch_tokens)
+        check_count("num_threads", num_threads, MAX_THREADS)
         self.max_batch_tokens = max_batch_tokens
         self.num_threads = num_threads
         self.activation = activation
@@ -180,6 +184,8 @@ class Reranker:
         if isinstance(query, str):
             lists = [_as_list(documents, "documents")]
             return self._rank_lists([query], lists, limit, activation, several=False)[0]
+        if query is None or isinstance(query, (bytes, int, float)):
+            raise TypeError(f"query must be a str, or a list of them, not {describe(query)}.")
         queries = _as_list(query, "query")
         lists = [_as_list(one, f"documents[{i}]") for i, one in enumerate(_as_list(documents, "documents"))]
         if len(lists) != len(queries):
@@ -198,7 +204,7 @@ class Reranker:
         activation = self._choose_activation(activation)
         queries, documents = [], []
         for i, pair in enumerate(_as_list(pairs, "pairs")):
-            if isinstance(pair, (str, bytes, Mapping)) or not hasattr(pair, "__len__") or len(pair) != 2:
+            if isinstance(pair, (str, bytes, Mapping, Set)) or not hasattr(pair, "__len__") or len(pair) != 2:
                 raise TypeError(f"Pair {i} must be a query and a document, not {describe(pair)}.")
             queries.append(_query_text(pair[0], f"The query of pair {i}"))
             documents.append([document_text(pair[1], f"The document of pair {i}")])
@@ -407,9 +413,54 @@ def _find_limit(top_k: int | None, top_n: int | None) -> int | None:
     limit = top_k if top_k is not None else top_n
     if limit is None:
         return None
-    if operator.index(limit) < 0:
+    try:
+        limit = operator.index(limit)
+    except TypeError:
+        raise TypeError(f"top_k must be a whole number, not {limit!r}.") from None
+    if limit < 0:
         raise ValueError(f"top_k is {limit}; it cannot be negative.")
-    return operator.index(limit)
+    return limit
+
+
+def load_parts(
+    model: str | os.PathLike[str], *, limits: Mapping[str, int | None], hub: Mapping[str, Any], **model_options
+) -> tuple[CrossEncoder, PairTokenizer]:
+    """The model and the tokenizer of a folder, of a hub name or of "demo", made to fit each other.
+
+    Arguments:
+        limits: max_length, max_query_tokens, max_document_tokens as in Reranker.
+        hub: revision, token, local_files_only as in Reranker.
+        model_options: as in fastrank.checkpoint.load_model.
+    """
+    if not isinstance(model, (str, os.PathLike)):
+        raise TypeError(f"model must be a folder or a name on the Hugging Face hub, not {describe(model)}.")
+    for name, value in limits.items():
+        check_count(name, value)
+    name = os.fspath(demo_folder() if model == "demo" else model)
+    loaded = load_model(name, **model_options, **hub)
+    settings = loaded.settings
+    tokenizer = PairTokenizer.load(
+        name, num_positions=loaded.max_pair_tokens, num_embeddings=settings.vocab_size, **limits, **hub
+    )
+    if tokenizer.num_token_types > settings.num_token_types:
+        raise ValueError(
+            f"{name}: the tokenizer has {tokenizer.num_token_types} token types, but the model has embeddings for "
+            f"{settings.num_token_types}."
+        )
+    return loaded, tokenizer
+
+
+def check_count(name: str, value: Any, largest: float = math.inf) -> None:
+    """Refuses what is neither None nor a whole number from 1 to `largest`."""
+    if value is None:
+        return
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be a whole number, not {value!r}.") from None
+    if not 1 <= number <= largest:
+        at_most = "" if largest == math.inf else f" and at most {largest}"
+        raise ValueError(f"{name} is {value}; it must be at least 1{at_most}.")
 
 
 def find_device(device: str | torch.device | None) -> torch.device:
@@ -430,7 +481,7 @@ def find_device(device: str | torch.device | None) -> torch.device:
 def _find_dtype(dtype: str | torch.dtype, device: torch.device) -> str:
     if isinstance(dtype, str) and dtype == "auto":
         return "bf16" if device.type == "cuda" else "float32"
-    name = DTYPES.get(dtype)
+    name = DTYPES.get(dtype) if isinstance(dtype, (str, torch.dtype)) else None
     if name is None:
         raise ValueError(f"dtype {dtype!r} is unknown; available are auto, {', '.join(AVAILABLE_DTYPES)}.")
     if name not in AVAILABLE_DTYPES:

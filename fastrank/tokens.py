@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import threading
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ class PairTokenizer:
         tokenizer: a fast Hugging Face tokenizer; its truncation and padding settings are cleared.
         max_length: tokens a pair may have, special tokens included; default: the tokenizer's `model_max_length`.
         max_query_tokens, max_document_tokens: cut each side to so many tokens before pairs are truncated.
+        num_embeddings: token ids that the model knows; default: all of the tokenizer's.
 
     Raises ValueError for a tokenizer that is not fast, and for limits that leave no room.
     It may be used from several threads at once.
@@ -43,6 +45,7 @@ class PairTokenizer:
         max_length: int | None = None,
         max_query_tokens: int | None = None,
         max_document_tokens: int | None = None,
+        num_embeddings: int | None = None,
     ):
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError(
@@ -53,6 +56,7 @@ class PairTokenizer:
             # What transformers makes of a folder without tokenizer files.
             raise ValueError("The tokenizer has no vocabulary; the folder needs a tokenizer.json.")
         self._tokenizer = tokenizer
+        self._num_embeddings = math.inf if num_embeddings is None else num_embeddings
         # Calls from several threads are safe because nothing here changes the Rust tokenizer after these two lines.
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
@@ -83,6 +87,7 @@ class PairTokenizer:
         name_or_path: str | Path,
         *,
         num_positions: int | None = None,
+        num_embeddings: int | None = None,
         max_length: int | None = None,
         max_query_tokens: int | None = None,
         max_document_tokens: int | None = None,
@@ -95,6 +100,7 @@ class PairTokenizer:
         Arguments:
             name_or_path: a local folder or a name on the Hugging Face hub.
             num_positions: tokens of the longest pair that the model takes; default: no such limit.
+            num_embeddings: as above.
             max_length: default: the smaller of the tokenizer's `model_max_length` and `num_positions`.
             revision, token, local_files_only: as in transformers.
 
@@ -103,7 +109,7 @@ class PairTokenizer:
         import transformers
 
         hub = {"revision": revision, "token": token, "local_files_only": local_files_only}
-        name = str(name_or_path)
+        name = os.path.expanduser(name_or_path)
         looks_local = name.count("/") > 1 or name.startswith((".", "/", "~"))
         if not Path(name).is_dir() and (looks_local or Path(name).exists()):
             raise OSError(f"{name} is not a folder; give the folder of a checkpoint or a name on the Hugging Face hub.")
@@ -113,7 +119,7 @@ class PairTokenizer:
             backbone = getattr(transformers, tokenizer.init_kwargs.get("backbone_tokenizer_class") or "", None)
             if backbone is not None and type(tokenizer) is transformers.TokenizersBackend:
                 tokenizer = backbone.from_pretrained(name, **hub)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # transformers passes on whatever its parsing ran into
             advice = (
                 "the folder needs a tokenizer.json"
                 if Path(name).is_dir()
@@ -128,6 +134,7 @@ class PairTokenizer:
                 f"max_length is {max_length}, but {name} has only {num_positions} positions; give at most that."
             )
         limits = {"max_query_tokens": max_query_tokens, "max_document_tokens": max_document_tokens}
+        limits["num_embeddings"] = num_embeddings
         try:
             return cls(tokenizer, max_length=max_length, **limits)
         except ValueError as error:
@@ -137,11 +144,6 @@ class PairTokenizer:
     def vocab_size(self) -> int:
         """Number of token ids, added tokens included."""
         return len(self._tokenizer)
-
-    @property
-    def pad_token_id(self) -> int | None:
-        """The padding token's id; None where the tokenizer has none."""
-        return self._tokenizer.pad_token_id
 
     @property
     def limits(self) -> str:
@@ -158,9 +160,9 @@ class PairTokenizer:
         return self._num_truncated
 
     @property
-    def num_special_tokens(self) -> int:
-        """Special tokens around and between the two texts of a pair."""
-        return self.max_length - self._budget
+    def num_token_types(self) -> int:
+        """Number of token types that pairs have."""
+        return int(self._type_values.max()) + 1
 
     def encode(self, texts: Sequence[str], *, enough: int | None = None) -> list[np.ndarray]:
         """Tokenizes texts, each once and without special tokens.
@@ -253,7 +255,15 @@ class PairTokenizer:
         except TypeError:  # how the Rust side answers both a lone surrogate and a text that is no str
             texts = [_without_surrogates(text, i) for i, text in enumerate(texts)]
             encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+        ids = [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+        if self._num_embeddings < len(self._tokenizer):
+            for text, one in zip(texts, ids, strict=True):
+                if one.max(initial=-1) >= self._num_embeddings:
+                    raise ValueError(
+                        f"The text {text[:60]!r} has the token id {one.max()}, but the model has embeddings for "
+                        f"{self._num_embeddings}: the tokenizer is another model's."
+                    )
+        return ids
 
     def _encode_start(self, text: str, enough: int) -> np.ndarray:
         size = CHARACTERS_PER_TOKEN * enough

@@ -219,3 +219,12 @@ def test_importing_evaluate_and_data_is_light():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_junk_grades_are_not_relevant():
+    run = {str(query): {f"d{i}": 20.0 - i for i in range(10)} for query in range(300)}
+    junk = {query: dict.fromkeys(documents, -2) for query, documents in run.items()} | {"7": {"d3": 1, "d0": -2}}
+    plain = {query: dict.fromkeys(documents, 0) for query, documents in run.items()} | {"7": {"d3": 1, "d0": 0}}
+    assert evaluate(run, junk, ["nDCG@10", "RR@10"]) == evaluate(run, plain, ["nDCG@10", "RR@10"])
+    with pytest.raises(ValueError, match="grade 2000000 is no whole number up to 1048576"):
+        evaluate({"q": {"d": 1.0}}, {"q": {"d": 2_000_000}})

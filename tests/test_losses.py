@@ -3,24 +3,55 @@
 import math
 import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from fastrank.kernels.listwise import reference
-from fastrank.losses import LOSSES, UnknownLoss, count_terms, resolve_loss
+from fastrank.losses import LOSSES, UnknownLoss, WeightedSum, count_terms, resolve_loss
+from fastrank.ops import UNUSED_OPTIONS
 
-OPTIONS = {
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+from peer_losses import lightning_ir_loss, sentence_transformers_loss
+
+OPTIONS = {  # none of them a default
     "ranknet": {"temperature": 1.5},
+    "weighted_ranknet": {"temperature": 0.7},
+    "lambda": {"temperature": 0.7, "weighting": "lambdarank", "k": 2, "gain": "linear"},
+    "margin_mse": {"temperature": 1.5, "margin": 0.5},
+    "hinge": {"temperature": 1.5, "margin": 2.0, "squared": True},
     "lce": {"temperature": 0.5},
+    "listnet": {"temperature": 2.0},
+    "kl": {"temperature": 2.0},
+    "listmle": {"temperature": 1.5},
+    "p_listmle": {"temperature": 1.5},
     "adr_mse": {"temperature": 2.0, "discount": "reciprocal", "ties": "first"},
+    "approx_ndcg": {"temperature": 0.5, "gain": "linear"},
+    "approx_mrr": {"temperature": 0.5},
+    "pearson": {},
+    "bce": {"temperature": 2.0},
+    "mse": {"temperature": 2.0},
+    "contrastive_imitation": {"temperature": 0.5},
+    "teacher_order": {"temperature": 1.5},
 }
 # Lists of 4, 0, 3, 1 and 5 documents. The third has one tier, the second and the third have no positive.
 SIZES = (4, 0, 3, 1, 5)
 LABELS = torch.tensor([2.0, 0, 1, 0, -1, -1, -1, 1, 3, 0, 3, 3, 1])
 OFFSETS = torch.tensor([0, 4, 4, 7, 8, 13])
-NUM_TERMS = {"ranknet": [5, 0, 0, 0, 7], "lce": [1, 0, 0, 1, 1], "adr_mse": [4, 0, 3, 1, 5]}
+TERMS = {
+    "pairs": [5, 0, 0, 0, 7],
+    "lists with a label above 0": [1, 0, 0, 1, 1],
+    "lists with a document": [1, 0, 1, 1, 1],
+    "documents": [4, 0, 3, 1, 5],
+}
+NUM_TERMS = {name: TERMS[loss.term] for name, loss in LOSSES.items()}
+
+
+def labels_of(name: str) -> Tensor:
+    """The same order, from 0 to 1 where the loss wants probabilities."""
+    return (LABELS + 1) / 4 if LOSSES[name].labels == "probabilities" else LABELS
 
 
 def draw_scores(seed: int = 0, size: int = 13) -> Tensor:
@@ -28,8 +59,11 @@ def draw_scores(seed: int = 0, size: int = 13) -> Tensor:
 
 
 def list_sums(name: str, scores: Tensor, **options: object) -> Tensor:
-    formula = reference.LOSSES[name][0]
-    parts = [formula(scores[begin:end], LABELS[begin:end], **options) for begin, end in pairwise(OFFSETS.tolist())]
+    formula, options, labels = reference.LOSSES[name][0], LOSSES[name].fill(options), labels_of(name)
+    parts = [
+        formula(scores[begin:end], labels[begin:end], **options) if end > begin else scores[:0].sum()
+        for begin, end in pairwise(OFFSETS.tolist())
+    ]
     return torch.stack(parts)
 
 
@@ -54,38 +88,46 @@ def test_reductions(name, offsets_dtype, backend):
     }
     for reduction, value in expected.items():
         loss = LOSSES[name](
-            scores, LABELS, OFFSETS.to(offsets_dtype), reduction=reduction, backend=backend, **OPTIONS[name]
+            scores, labels_of(name), OFFSETS.to(offsets_dtype), reduction=reduction, backend=backend, **OPTIONS[name]
         )
         assert loss.dtype == torch.float32
         torch.testing.assert_close(loss.double(), value, rtol=1e-6, atol=1e-7)
         exact_gradient = torch.autograd.grad(value, exact_scores, torch.full_like(value, 0.37), retain_graph=True)[0]
         torch.testing.assert_close(gradient_of(loss, scores).double(), exact_gradient, rtol=1e-5, atol=1e-7)
-    mean = LOSSES[name](scores, LABELS, OFFSETS, **OPTIONS[name])
-    assert mean == LOSSES[name](scores, LABELS, OFFSETS, reduction="mean", **OPTIONS[name])
+    mean = LOSSES[name](scores, labels_of(name), OFFSETS, **OPTIONS[name])
+    assert mean == LOSSES[name](scores, labels_of(name), OFFSETS, reduction="mean", **OPTIONS[name])
 
 
 def test_default_options():
-    scores = draw_scores()
     defaults = {
-        "ranknet": {"temperature": 1.0},
-        "lce": {"temperature": 1},
-        "adr_mse": {"temperature": 1.0, "discount": "log2", "ties": "average"},
+        "lambda": {"temperature": 1, "weighting": "ndcg2pp", "k": None, "gain": "exponential"},
+        "margin_mse": {"temperature": 1, "margin": None},
+        "hinge": {"temperature": 1, "margin": 1, "squared": False},
+        "adr_mse": {"temperature": 1, "discount": "log2", "ties": "average"},
+        "approx_ndcg": {"temperature": 1, "gain": "exponential"},
+        "pearson": {},
     }
-    assert set(defaults) == set(LOSSES)
-    for name, options in defaults.items():
-        assert LOSSES[name](scores, LABELS, OFFSETS) == LOSSES[name](scores, LABELS, OFFSETS, **options)
-        assert LOSSES[name](scores, LABELS, OFFSETS, temperature=3) != LOSSES[name](scores, LABELS, OFFSETS)
+    scores = draw_scores()
+    for name, loss in LOSSES.items():
+        default = loss(scores, labels_of(name), OFFSETS)
+        assert loss.fill({}) == defaults.get(name, {"temperature": 1})
+        assert default == loss(scores, labels_of(name), OFFSETS, **defaults.get(name, {"temperature": 1}))
+        for option, value in OPTIONS[name].items():  # and each option matters
+            if (name, option) == ("lambda", "gain"):  # grades below 3 make it a matter of weights alone
+                continue
+            assert loss(scores, labels_of(name), OFFSETS, **{option: value}) != default, (name, option)
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_terms_are_what_the_mean_divides_by(name):
-    assert count_terms(name, LABELS, OFFSETS, **OPTIONS[name]).tolist() == NUM_TERMS[name]
+    labels = labels_of(name)
+    assert count_terms(name, labels, OFFSETS, **OPTIONS[name]).tolist() == NUM_TERMS[name]
     scores = draw_scores().requires_grad_()
-    whole = LOSSES[name](scores, LABELS, OFFSETS)
+    whole = LOSSES[name](scores, labels, OFFSETS)
     # The same step in two parts, as a trainer takes it where memory is short.
-    num_terms = count_terms(name, LABELS, OFFSETS.int()).sum()
-    parts = LOSSES[name](scores[:4], LABELS[:4], OFFSETS[:2], reduction="sum") / num_terms
-    parts = parts + LOSSES[name](scores[4:], LABELS[4:], OFFSETS[1:] - 4, reduction="sum") / num_terms
+    num_terms = count_terms(name, labels, OFFSETS.int()).sum()
+    parts = LOSSES[name](scores[:4], labels[:4], OFFSETS[:2], reduction="sum") / num_terms
+    parts = parts + LOSSES[name](scores[4:], labels[4:], OFFSETS[1:] - 4, reduction="sum") / num_terms
     torch.testing.assert_close(parts, whole)
     torch.testing.assert_close(gradient_of(parts, scores), gradient_of(whole, scores))
 
@@ -95,7 +137,7 @@ def test_terms_are_what_the_mean_divides_by(name):
 def test_half_precision_is_computed_in_float32(name, dtype):
     half = draw_scores().to(dtype).requires_grad_()
     full = half.detach().float().requires_grad_()
-    loss, expected = (LOSSES[name](scores, LABELS, OFFSETS, **OPTIONS[name]) for scores in (half, full))
+    loss, expected = (LOSSES[name](scores, labels_of(name), OFFSETS, **OPTIONS[name]) for scores in (half, full))
     assert loss.dtype == torch.float32 and torch.equal(loss, expected)
     gradient = gradient_of(loss, half)
     assert gradient.dtype == dtype
@@ -106,21 +148,25 @@ def test_half_precision_is_computed_in_float32(name, dtype):
 @pytest.mark.parametrize("name", LOSSES)
 def test_float64_stays_float64(name):
     scores = draw_scores().double().requires_grad_()
-    loss = LOSSES[name](scores, LABELS, OFFSETS, **OPTIONS[name])
+    labels = labels_of(name)
+    loss = LOSSES[name](scores, labels, OFFSETS, **OPTIONS[name])
     expected = list_sums(name, scores, **OPTIONS[name]).sum() / sum(NUM_TERMS[name])
     assert loss.dtype == torch.float64 and loss.item() == pytest.approx(expected.item(), rel=1e-14)
     torch.testing.assert_close(gradient_of(loss, scores), gradient_of(expected, scores), rtol=1e-13, atol=1e-15)
     one_list = torch.tensor([0, len(scores)])
-    assert torch.autograd.gradcheck(lambda scores: LOSSES[name](scores, LABELS, one_list), (scores,))
+    assert torch.autograd.gradcheck(lambda scores: LOSSES[name](scores, labels, one_list), (scores,))
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float64, torch.bfloat16, torch.bool])
 @pytest.mark.parametrize("name", LOSSES)
 def test_labels_of_any_dtype(name, dtype):
-    labels = LABELS.clamp(min=0)
+    labels = labels_of(name).round().clamp(min=0)
     labels = labels.bool() if dtype == torch.bool else labels
     expected = LOSSES[name](draw_scores(), labels.float(), OFFSETS)
     assert torch.equal(LOSSES[name](draw_scores(), labels.to(dtype), OFFSETS), expected)
+
+
+NO_PAIRS = [(1,), (3,), (0, 2, 1, 0)]
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
@@ -129,7 +175,12 @@ def test_labels_of_any_dtype(name, dtype):
     ("name", "sizes"),
     [
         *((name, sizes) for name in LOSSES for sizes in ((), (0,), (0, 0, 0))),
-        *((name, sizes) for name in ("ranknet", "lce") for sizes in ((1,), (3,), (0, 2, 1, 0))),
+        *(
+            (name, sizes)
+            for name in LOSSES
+            if LOSSES[name].term in ("pairs", "lists with a label above 0")
+            for sizes in NO_PAIRS
+        ),
     ],
     ids=str,
 )
@@ -143,12 +194,35 @@ def test_a_batch_without_terms_is_zero_with_zero_gradient(name, sizes, reduction
     assert count_terms(name, labels, offsets).tolist() == [0] * len(sizes)
 
 
+# Losses of a list that tells nothing about order: what they are, and whether their gradient is 0.
+AT_REST = {
+    "pearson": 1.0,
+    "listmle": 0.0,
+    "p_listmle": 0.0,
+    "teacher_order": 0.0,
+    "approx_ndcg": 1.0,
+    "approx_mrr": 1.0,
+}
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize(("name", "value"), AT_REST.items())
+def test_one_tier_without_a_positive_is_at_rest(name, value, backend):
+    scores = draw_scores(size=6).requires_grad_()
+    loss = LOSSES[name](scores, torch.zeros(6), torch.tensor([0, 1, 6]), backend=backend, reduction="none")
+    assert loss.tolist() == [value] * 2 and not gradient_of(loss, scores).any()
+
+
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_a_single_document(backend):
     scores, offsets = torch.tensor([3.0], requires_grad=True), torch.tensor([0, 1])
-    for name in LOSSES:  # rank 1 of 1; the only document is the target
+    # Rank 1 of 1, and the only document is the target; pearson has nothing to correlate, bce and mse are of points.
+    expected = {"pearson": 1.0, "bce": math.log1p(math.exp(-3)), "mse": 4.0}
+    slopes = {"bce": -1 / (1 + math.exp(3)), "mse": 4.0}
+    for name in LOSSES:
         loss = LOSSES[name](scores, torch.tensor([1.0]), offsets, backend=backend)
-        assert loss == 0 and gradient_of(loss, scores) == 0
+        assert loss.item() == pytest.approx(expected.get(name, 0), rel=1e-6)
+        assert gradient_of(loss, scores).item() == pytest.approx(0.37 * slopes.get(name, 0), rel=1e-6)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
@@ -159,33 +233,55 @@ def test_all_tied_adr_mse_is_at_rest_where_the_scores_tie_too(backend):
     assert LOSSES["adr_mse"](scores, torch.ones(5), torch.tensor([0, 5]), backend=backend, ties="first") > 0.5
 
 
+ORDER_ALONE = {"margin_mse": {"margin": 1.0}, "lambda": {"weighting": "none"}}  # options with which no value counts
+
+
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("name", LOSSES)
 def test_infinite_labels_only_order(name, backend):
     scores, offsets = draw_scores(size=5), torch.tensor([0, 5])
     infinite = torch.tensor([math.inf, -math.inf, 1.0, math.inf, 0.0])
     finite = torch.tensor([9.0, -9, 1, 9, 0])
-    loss = LOSSES[name](scores, infinite, offsets, backend=backend)
-    assert loss.isfinite() and torch.equal(loss, LOSSES[name](scores, finite, offsets, backend=backend))
+    if LOSSES[name].labels != "ordered":
+        with pytest.raises(ValueError, match=r"labels\[0\] is inf \(document 0 of list 0\): .*labels must be"):
+            LOSSES[name](scores, infinite, offsets, backend=backend)
+        if name not in ORDER_ALONE:
+            return
+    options = ORDER_ALONE.get(name, {})
+    loss = LOSSES[name](scores, infinite, offsets, backend=backend, **options)
+    assert loss.isfinite() and torch.equal(loss, LOSSES[name](scores, finite, offsets, backend=backend, **options))
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if LOSSES[name].labels == "probabilities"])
+@pytest.mark.parametrize("bad", [-0.25, 1.125, 3.0])
+def test_probabilities_lie_between_0_and_1(name, bad):
+    labels = labels_of(name).clone()
+    labels[4] = bad
+    with pytest.raises(ValueError, match=rf"labels\[4\] is {bad}.* probabilities, from 0 to 1"):
+        LOSSES[name](draw_scores(), labels.double(), OFFSETS)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("name", LOSSES)
 def test_far_scores_neither_overflow_nor_saturate(name, backend):
     labels, offsets = torch.tensor([2.0, 1, 0]), torch.tensor([0, 3])
-    for scores in ([1e4, 0, -1e4], [-1e4, 0, 1e4], [1e4, 1e4, -1e4], [-1e30, 1e30, 0]):
+    if LOSSES[name].labels == "probabilities":
+        labels = labels / 2
+    squares = name in ("mse", "margin_mse")  # 1e60 is no float32
+    for scores in ([1e4, 0, -1e4], [-1e4, 0, 1e4], [1e4, 1e4, -1e4], *([] if squares else [[-1e30, 1e30, 0]])):
         scores = torch.tensor(scores, requires_grad=True)
         loss = LOSSES[name](scores, labels, offsets, backend=backend)
         assert loss.isfinite() and gradient_of(loss, scores).isfinite().all()
     wrong_way = torch.tensor([-1e4, 0, 1e4], requires_grad=True)
-    if name != "adr_mse":  # a hopeless list still pulls with full force
+    full_force = {"ranknet": [-2.0, 0, 2], "hinge": [-2.0, 0, 2], "lce": [-1.0, 0, 1], "listmle": [-1.0, -1, 2]}
+    if name in full_force:  # a hopeless list still pulls
         gradient = gradient_of(LOSSES[name](wrong_way, labels, offsets, reduction="sum"), wrong_way) / 0.37
-        assert gradient.tolist() == ([-2.0, 0.0, 2.0] if name == "ranknet" else [-1.0, 0.0, 1.0])
+        assert gradient.tolist() == full_force[name]
 
 
 def test_unknown_names_point_to_the_nearest():
     with pytest.raises(
-        UnknownLoss, match=r"no loss 'rank_net' \(did you mean 'ranknet'\?\); known are adr_mse, lce"
+        UnknownLoss, match=r"no loss 'rank_net' \(did you mean 'ranknet'\?\); known are adr_mse, approx_mrr"
     ) as error:
         LOSSES["rank_net"]
     assert isinstance(error.value, KeyError) and isinstance(error.value, ValueError)
@@ -208,6 +304,7 @@ def test_unknown_names_point_to_the_nearest():
         ({"temperature": math.inf}, "temperature=inf"),
         ({"temperature": "2"}, "temperature='2'"),
         ({"temperature": True}, "temperature=True"),
+        ({"temperature": 1e-50}, "temperature=1e-50"),
         ({"discount": "log10"}, "discount='log10': choose one of log2, reciprocal, none"),
         ({"ties": None}, "ties=None: choose one of average, first"),
         ({"reduction": "avg"}, "reduction='avg': choose one of mean, list_mean, none, sum"),
@@ -227,13 +324,13 @@ def test_bad_values_are_named_with_their_place(name, bad, backend):
     scores[9] = bad
     message = rf"scores\[9\] is {bad} \(document 1 of list 4\): scores must be finite numbers\."
     with pytest.raises(ValueError, match=message):
-        LOSSES[name](scores, LABELS, OFFSETS, backend=backend)
+        LOSSES[name](scores, labels_of(name), OFFSETS, backend=backend)
     with pytest.raises(ValueError, match=message):
-        LOSSES[name](scores.half(), LABELS, OFFSETS, backend=backend, check=True)
-    labels = LABELS.clone()
+        LOSSES[name](scores.half(), labels_of(name), OFFSETS, backend=backend, check=True)
+    labels = labels_of(name).clone()
     labels[4] = math.nan
-    labels[0] = math.inf
-    with pytest.raises(ValueError, match=r"labels\[4\] is nan \(document 0 of list 2\): labels must be numbers\."):
+    labels[0] = math.inf if LOSSES[name].labels == "ordered" else 0
+    with pytest.raises(ValueError, match=r"labels\[4\] is nan \(document 0 of list 2\): .*labels must be"):
         LOSSES[name](draw_scores(), labels, OFFSETS, backend=backend)
 
 
@@ -241,7 +338,7 @@ def test_without_the_check_a_nan_flows_into_the_loss():
     scores = draw_scores()
     scores[9] = math.nan
     for name in LOSSES:
-        assert LOSSES[name](scores, LABELS, OFFSETS, check=False).isnan()
+        assert LOSSES[name](scores, labels_of(name), OFFSETS, check=False).isnan()
 
 
 def test_large_finite_values_pass_the_check():
@@ -296,47 +393,97 @@ def test_resolve_loss(tmp_path, monkeypatch):
     sys.modules.pop("my_losses", None)
 
 
-class Scores(torch.nn.Module):
-    """What sentence-transformers' losses want of a model: it returns scores that are already there."""
-
-    num_labels = 1
-    device = torch.device("cpu")
-
-    def __init__(self, scores: Tensor):
-        super().__init__()
-        self.scores = scores
-
-    def preprocess(self, pairs: list, **_: object) -> dict:
-        return {}
-
-    def forward(self, _: dict) -> dict[str, Tensor]:
-        return {"scores": self.scores[:, None]}
-
-
-def sentence_transformers_loss(kind: str, scores: Tensor, labels: Tensor, sizes: tuple[int, ...], **options: object):
-    from sentence_transformers.cross_encoder import losses
-
-    loss = getattr(losses, kind)(Scores(scores), mini_batch_size=-1, **options)
-    return loss([["query"] * len(sizes), [["document"] * size for size in sizes]], list(labels.split(sizes)))
+def assert_parity(ours: Tensor, theirs: Tensor, scores: Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=1e-6)
+    torch.testing.assert_close(gradient_of(ours, scores), gradient_of(theirs, scores), rtol=2e-4, atol=2e-6)
 
 
 @pytest.mark.parametrize("size_seed", range(3))
-def test_parity_with_sentence_transformers(size_seed):
+@pytest.mark.parametrize(
+    ("name", "options", "kind", "their_options", "factor"),
+    [
+        ("ranknet", {}, "RankNetLoss", {}, math.log(2)),  # theirs is in bits; both pool the pairs of the batch
+        ("adr_mse", {"temperature": 0.25}, "ADRMSELoss", {"alpha": 4.0}, 1),  # alpha is the inverse of the temperature
+        ("listnet", {}, "ListNetLoss", {}, 1),
+        ("listmle", {}, "ListMLELoss", {"respect_input_order": False}, 1),  # theirs leaves ties to sort: distinct
+        ("p_listmle", {}, "PListMLELoss", {"respect_input_order": False}, 1),
+        ("lambda", {}, "LambdaLoss", {"reduction_log": "natural"}, 1),
+        ("lambda", {}, "LambdaLoss", {}, math.log(2)),
+        (
+            "lambda",
+            {"weighting": "none", "temperature": 0.5},
+            "LambdaLoss",
+            {"weighting_scheme": None, "sigma": 2.0},
+            math.log(2),
+        ),
+        ("lambda", {"weighting": "ndcg2"}, "LambdaLoss", {"weighting_scheme": "NDCGLoss2Scheme"}, math.log(2)),
+        ("lambda", {"weighting": "lambdarank"}, "LambdaLoss", {"weighting_scheme": "LambdaRankScheme"}, math.log(2)),
+        ("lambda", {"k": 3}, "LambdaLoss", {"k": 3}, math.log(2)),
+    ],
+    ids=str,
+)
+def test_parity_with_sentence_transformers(size_seed, name, options, kind, their_options, factor):
     random = torch.Generator().manual_seed(size_seed)
     sizes = tuple(torch.randint(1, 30, (6,), generator=random).tolist())
     offsets = torch.tensor([0, *sizes]).cumsum(0)
     scores = draw_scores(size_seed, sum(sizes)).requires_grad_()
     labels = torch.randint(4, (sum(sizes),), generator=random).float()
-    # Their RankNet takes the logarithm to base 2; both pool the pairs of the batch.
-    theirs = sentence_transformers_loss("RankNetLoss", scores, labels, sizes) * math.log(2)
-    ours = LOSSES["ranknet"](scores, labels, offsets)
-    torch.testing.assert_close(ours, theirs)
-    torch.testing.assert_close(gradient_of(ours, scores), gradient_of(theirs, scores))
-    # Their alpha is the inverse of the temperature; both give tied labels their average rank.
-    theirs = sentence_transformers_loss("ADRMSELoss", scores, labels, sizes, alpha=4.0)
-    ours = LOSSES["adr_mse"](scores, labels, offsets, temperature=0.25)
-    torch.testing.assert_close(ours, theirs)
-    torch.testing.assert_close(gradient_of(ours, scores), gradient_of(theirs, scores))
+    if "listmle" in name:
+        labels = torch.randperm(sum(sizes), generator=random).float()
+    theirs = sentence_transformers_loss(kind, scores, labels, sizes, **their_options) * factor
+    ours = LOSSES[name](scores, labels, offsets, **options)
+    if "k" in options:  # they divide by the pairs within k, we by all pairs with label_i > label_j
+        within = 0
+        for begin, end in pairwise(offsets.tolist()):
+            top = (-scores[begin:end]).argsort().argsort() < options["k"]
+            part = labels[begin:end]
+            within += int(((part[:, None] > part[None, :]) & (top[:, None] | top[None, :])).sum())
+        ours = ours * count_terms(name, labels, offsets, **options).sum() / within
+    assert_parity(ours, theirs, scores)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "kind", "their_options"),
+    [
+        ("ranknet", {"temperature": 0.5}, "RankNet", {"temperature": 2.0}),  # theirs multiplies
+        ("margin_mse", {"margin": 1.0}, "ConstantMarginMSE", {}),
+        ("margin_mse", {}, "SupervisedMarginMSE", {}),
+        ("kl", {}, "KLDivergence", {}),
+        ("pearson", {}, "PearsonCorrelation", {}),
+        ("lce", {}, "InfoNCE", {}),
+        ("approx_ndcg", {"temperature": 0.5}, "ApproxNDCG", {"temperature": 0.5}),
+        ("approx_ndcg", {"gain": "linear"}, "ApproxNDCG", {"scale_gains": False}),
+        ("approx_mrr", {"temperature": 0.5}, "ApproxMRR", {"temperature": 0.5}),
+        # Theirs ranks tied labels as argsort happens to: distinct labels.
+        ("adr_mse", {}, "ApproxRankMSE", {"discount": "log2"}),
+        (
+            "adr_mse",
+            {"discount": "reciprocal", "temperature": 0.5},
+            "ApproxRankMSE",
+            {"discount": "reciprocal", "temperature": 0.5},
+        ),
+        ("adr_mse", {"discount": "none"}, "ApproxRankMSE", {}),
+    ],
+    ids=str,
+)
+def test_parity_with_lightning_ir(name, options, kind, their_options):
+    random = torch.Generator().manual_seed(1)
+    scores = draw_scores(1, 60).requires_grad_()
+    labels = torch.stack([torch.randperm(15, generator=random) for _ in range(4)]).float()
+    if name != "adr_mse":
+        labels = (labels / 4).round()
+    labels = labels.flatten()
+    theirs = lightning_ir_loss(kind, scores, labels, [15] * 4, **their_options)
+    assert_parity(LOSSES[name](scores, labels, torch.arange(5) * 15, **options), theirs, scores)
+
+
+def test_pointwise_losses_are_torch_s():
+    scores, labels = draw_scores(size=24).requires_grad_(), torch.rand(24, generator=torch.Generator().manual_seed(0))
+    for name, theirs in (
+        ("bce", torch.nn.functional.binary_cross_entropy_with_logits),
+        ("mse", torch.nn.functional.mse_loss),
+    ):
+        assert_parity(LOSSES[name](scores, labels, torch.tensor([0, 10, 24])), theirs(scores, labels), scores)
 
 
 def test_lce_is_torch_cross_entropy():
@@ -347,3 +494,59 @@ def test_lce_is_torch_cross_entropy():
     theirs = torch.nn.functional.cross_entropy(scores.view(4, 6), labels.argmax(1))
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(gradient_of(ours, scores), gradient_of(theirs, scores))
+
+
+def test_options_of_every_kind_are_checked():
+    for name, options, message in (
+        ("lambda", {"k": 0}, "k=0: must be a whole number above 0 or None"),
+        ("lambda", {"k": 2.0}, "k=2.0"),
+        ("lambda", {"weighting": "ndcg3"}, "weighting='ndcg3': choose one of ndcg2pp"),
+        ("approx_ndcg", {"gain": "square"}, "gain='square': choose one of exponential, linear"),
+        ("hinge", {"squared": 1}, "squared=1: must be True or False"),
+        ("hinge", {"margin": None}, "margin=None: must be a finite number"),
+        ("margin_mse", {"margin": math.inf}, "margin=inf: must be a finite number or None"),
+        ("pearson", {"temperature": 1.0}, "pearson has no option 'temperature'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            LOSSES[name](draw_scores(), labels_of(name), OFFSETS, **options)
+
+
+def test_weighted_sum():
+    scores = draw_scores().requires_grad_()
+    loss = WeightedSum({"ranknet": 1, "mse": 0.5}, {"mse": {"temperature": 2.0}})
+    expected = LOSSES["ranknet"](scores, LABELS, OFFSETS) + 0.5 * LOSSES["mse"](scores, LABELS, OFFSETS, temperature=2)
+    assert_parity(loss(scores, LABELS, OFFSETS), expected, scores)
+    assert resolve_loss({"ranknet": 1, "mse": 0.5})(scores, LABELS, OFFSETS, reduction="none").shape == (5,)
+    for weights, options, message in (
+        ({}, {}, "needs a loss"),
+        ({"rank_net": 1}, {}, "did you mean 'ranknet'"),
+        ({"ranknet": -1}, {}, "the weight of ranknet=-1"),
+        ({"ranknet": 1}, {"ranknet": {"k": 1}}, "ranknet has no option 'k'"),
+        ({"ranknet": 1}, {"mse": {}}, "options for mse, which the sum does not contain"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            WeightedSum(weights, options)
+
+
+@pytest.mark.parametrize("name", ["ranknet", "lambda", "kl", "approx_mrr"])  # all take the same way
+def test_a_compiled_step_stays_one_graph(name):
+    labels, weight = labels_of(name), torch.randn(4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    inputs = torch.randn(13, 4, generator=torch.Generator().manual_seed(1))
+
+    def step(weight: Tensor, offsets: Tensor) -> Tensor:
+        return LOSSES[name](torch.tanh(inputs @ weight), labels, offsets, **OPTIONS[name]) * 2
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for offsets in (OFFSETS, torch.tensor([0, 2, 13])):
+        assert_parity(compiled(weight, offsets), step(weight, offsets), weight)
+    with pytest.raises(ValueError, match="must end at the number of documents"):
+        compiled(weight, torch.tensor([0, 2, 12]))
+
+
+@pytest.mark.parametrize("name", ["ranknet", "lambda", "kl"])
+def test_the_operator_passes_opcheck(name):
+    options = UNUSED_OPTIONS | LOSSES[name].fill(OPTIONS[name])
+    for scores, labels in ((draw_scores(), LABELS), (draw_scores(size=26)[::2], LABELS.double())):
+        arguments = (scores.requires_grad_(), labels, OFFSETS.int(), name, "auto", "finite")
+        torch.library.opcheck(torch.ops.fastrank.listwise.default, arguments, options)

@@ -2,16 +2,19 @@
 
 import json
 import random
+import re
 import shutil
 import threading
 import warnings
 from collections import UserDict
 from importlib.resources import files
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_tokens import MAKERS
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BertConfig
 
@@ -376,7 +379,7 @@ def test_texts_of_every_kind(tiny):
         ("q", "a single text", TypeError, r"^documents must be a list, not a str"),
         ("q", {"id": "text"}, TypeError, r"^documents must be a list, not a dict"),
         ("q", None, TypeError, r"^documents must be a list, not None"),
-        (None, ["a"], TypeError, r"^query must be a list, not None"),
+        (None, ["a"], TypeError, r"^query must be a str, or a list of them, not None"),
         (["q", "r"], [["a"], ["b", None]], TypeError, r"^Document 1 of query 1 is None"),
         (["q", None], [["a"], ["b"]], TypeError, r"^Query 1 must be a str, not None"),
         (["q", "r"], ["a", "b"], TypeError, r"^documents\[0\] must be a list, not a str"),
@@ -525,3 +528,92 @@ def test_the_demo_model(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("FASTRANK_DEMO", tiny)
     assert str(demo_folder()) == tiny
     assert Reranker("demo").predict([("q", "d")]).shape == (1,)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.json", "[1]"),
+        ("config.json", {"num_attention_heads": 0}),
+        ("config.json", {"num_attention_heads": "4"}),
+        ("config.json", {"id2label": 5}),
+        ("tokenizer.json", "[1]"),
+        ("pytorch_model.bin", "junk"),
+        ("model.safetensors.index.json", "{}"),
+    ],
+    ids=str,
+)
+def test_broken_checkpoints_are_one_sentence(tiny, tmp_path, file, content):
+    folder = tmp_path / "model"
+    _copy(tiny, folder)
+    if file.startswith(("pytorch", "model")):
+        (folder / "model.safetensors").unlink()
+    if isinstance(content, dict):
+        content = json.dumps(json.loads((folder / file).read_text()) | content)
+    (folder / file).write_text(content)
+    with pytest.raises((ValueError, OSError), match=re.escape(str(folder))):
+        Reranker(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "what"),
+    [("vocab_size", "the token id [0-9]+, but the model has embeddings"), ("type_vocab_size", "has 2 token types")],
+)
+def test_tokenizer_and_model_must_fit(tiny, tmp_path, key, what):
+    folder = tmp_path / "model"
+    _copy(tiny, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config[key] = 1100 if key == "vocab_size" else 1
+    weights = load_file(folder / "model.safetensors")
+    table = "word" if key == "vocab_size" else "token_type"
+    name = next(name for name in weights if name.endswith(f"{table}_embeddings.weight"))
+    weights[name] = weights[name][: config[key]].clone()
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=what):
+        Reranker(folder).rank("q", ["d", "zebra"])
+
+
+def test_options_of_the_wrong_kind(tiny, monkeypatch):
+    for options in ({"max_length": "128"}, {"max_batch_tokens": "x"}, {"num_threads": 1.5}, {"max_query_tokens": 1.5}):
+        with pytest.raises(TypeError, match=f"{next(iter(options))} must be a whole number"):
+            Reranker(tiny, **options)
+    for options in ({"num_threads": 100_000}, {"dtype": []}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            Reranker(tiny, **options)
+    with pytest.raises(TypeError, match="model must be a folder or a name"):
+        Reranker(None)
+    with pytest.raises(TypeError, match=r"top_k must be a whole number, not 1\.0"):
+        Reranker(tiny).rank("q", ["d"], top_k=1.0)
+    with pytest.raises(TypeError, match="Pair 0 must be a query and a document, not a set"):
+        Reranker(tiny).predict([{"a", "b"}])
+    monkeypatch.setenv("HOME", str(Path(tiny).parent))
+    assert len(Reranker(f"~/{Path(tiny).name}").rank("q", ["d"])) == 1
+
+
+def test_threads_go_back_to_their_own_numbers(tiny):
+    """Blocks of two threads that overlap, each standing at a number of its own before."""
+    from fastrank.reranker import _cpu_threads
+
+    seen, inside, leave = {}, threading.Event(), threading.Event()
+
+    def other() -> None:
+        torch.set_num_threads(4)
+        with _cpu_threads(1):
+            inside.set()
+            leave.wait()
+        seen["other"] = torch.get_num_threads()
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        worker = threading.Thread(target=other)
+        worker.start()
+        inside.wait()
+        torch.set_num_threads(2)
+        with _cpu_threads(3):
+            leave.set()
+            worker.join()
+        assert (torch.get_num_threads(), seen["other"]) == (2, 4)
+    finally:
+        torch.set_num_threads(before)

@@ -404,6 +404,29 @@ def test_what_is_wrong_is_found_before_anything_is_deleted(checkpoint, tmp_path)
         make_config(checkpoint, folder, resume=True, overwrite=True)
 
 
+def test_overwrite_deletes_only_what_a_run_left(checkpoint, tmp_path):
+    folder = train(make_config(checkpoint, tmp_path / "run", max_steps=1), quiet=True)
+    (folder / "notes.txt").write_text("mine")
+    (folder / "other_run").mkdir()
+    train(make_config(checkpoint, folder, max_steps=2, overwrite=True), quiet=True)
+    assert steps_logged(folder) == 1 and (folder / "notes.txt").exists() and (folder / "other_run").is_dir()
+
+
+def test_a_damaged_log_is_no_reason_to_stop(checkpoint, tmp_path):
+    config = make_config(checkpoint, tmp_path / "run", max_steps=2)
+    folder = train(config, quiet=True)
+    with open(folder / "log.jsonl", "a") as file:
+        file.write('5\n{"x": 1}\n')
+    config.resume = True
+    train(config, quiet=True)
+    assert [json.loads(line)["step"] for line in (folder / "log.jsonl").open()] == [1, 2]
+
+
+def test_training_from_the_demo_s_checkpoint(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTRANK_DEMO", str(checkpoint))
+    assert Trainer(make_config(checkpoint, tmp_path, model="demo")).model.settings.num_layers == 2
+
+
 def test_two_runs_cannot_share_a_folder(checkpoint, tmp_path):
     process = start(checkpoint, tmp_path / "run")
     try:
@@ -433,9 +456,9 @@ def test_a_broken_state_says_so(checkpoint, tmp_path):
         ("lr_scheduler_type", "step", "choose one of linear"),
         ("per_device_train_batch_size", 0, "must be at least 1"),
         ("learning_rate", -1.0, "must not be negative"),
-        ("learning_rate", float("nan"), "learning_rate=nan: must be a number"),
+        ("learning_rate", float("nan"), "learning_rate=nan: must be a finite number"),
         ("dropout", 1.0, r"must lie in \[0, 1\)"),
-        ("learning_rate", "fast", "learning_rate='fast': must be a number"),
+        ("learning_rate", "fast", "learning_rate='fast': must be a finite number"),
         ("max_steps", 1.5, "max_steps=1.5: must be a whole number"),
         ("num_threads", 0, "num_threads=0: must be at least 1"),
         ("resume", "no", "resume='no': must be true or false"),

@@ -69,7 +69,8 @@ def read_lines(path: str | os.PathLike[str], expected: str) -> Iterator[tuple[in
                     yield number, line
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         kind = "ends early" if isinstance(error, EOFError) else "is damaged"
-        raise DataError(f"the gzip file {kind} after this line; fetch it again", name, number) from None
+        where = "after this line" if number else "before its first line ends"
+        raise DataError(f"the gzip file {kind} {where}; fetch it again", name, number or None) from None
     except FileNotFoundError:
         raise DataError("no such file", name) from None
     except IsADirectoryError:

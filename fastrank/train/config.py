@@ -17,6 +17,8 @@ from typing import Any
 
 import yaml
 
+from fastrank.command_line import MAX_THREADS
+
 __all__ = ["TrainConfig", "read_yaml", "recipe_names", "resolve_recipe"]
 
 SCHEDULES = ("linear", "constant", "cosine")
@@ -50,7 +52,7 @@ class TrainConfig:
         adam_epsilon: AdamW's epsilon.
         max_grad_norm: Gradients are scaled down to this norm; 0 leaves them.
         num_train_epochs: Passes over the queries, unless max_steps is set.
-        max_steps: Optimizer steps; 0: num_train_epochs decides.
+        max_steps: Optimizer steps; 0 or -1: num_train_epochs decides.
         per_device_train_batch_size: Lists (queries) a step.
         gradient_accumulation_steps: Multiplies the lists of a step; the loss is normalised over all of them at once.
         max_batch_tokens: Tokens of one forward and backward pass. Cuts a step for memory and never changes its gradient
@@ -114,6 +116,9 @@ class TrainConfig:
         for name in ("train_data", "eval_data"):
             if isinstance(getattr(self, name), Iterator):  # it is read more than once
                 setattr(self, name, list(getattr(self, name)))
+        self.max_steps = max(self.max_steps, 0) if self.max_steps == -1 else self.max_steps  # Hugging Face's default
+        if self.num_threads is not None and self.num_threads > MAX_THREADS:
+            raise ValueError(f"num_threads={self.num_threads}: must be at most {MAX_THREADS}.")
         if self.resume and self.overwrite:
             raise ValueError("resume keeps what lies in output_dir and overwrite deletes it: give one of them.")
         if self.precision not in PRECISIONS:
@@ -132,6 +137,7 @@ class TrainConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1.")
         for name in (
             "learning_rate",
+            "head_learning_rate",
             "warmup_steps",
             "weight_decay",
             "max_grad_norm",
@@ -139,7 +145,7 @@ class TrainConfig:
             "eval_steps",
             "save_steps",
         ):
-            if not getattr(self, name) >= 0:
+            if getattr(self, name) is not None and not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must not be negative.")
         if self.max_steps == 0 and not self.num_train_epochs > 0:
             raise ValueError(f"num_train_epochs={self.num_train_epochs}: must be above 0 where max_steps is not set.")
@@ -182,15 +188,17 @@ def _typed(name: str, kind: str, value: Any) -> Any:
             number = float(value)
         except (TypeError, ValueError):
             number = math.nan
-        if isinstance(value, bool) or math.isnan(number) or (wanted == "int" and number % 1):
-            raise ValueError(f"{name}={value!r}: must be a {'whole ' if wanted == 'int' else ''}number.")
+        if isinstance(value, bool) or not math.isfinite(number) or (wanted == "int" and number % 1):
+            raise ValueError(f"{name}={value!r}: must be a {'whole ' if wanted == 'int' else 'finite '}number.")
         return int(number) if wanted == "int" else number
     if wanted == "bool" and not isinstance(value, bool):
         raise ValueError(f"{name}={value!r}: must be true or false.")
     if wanted == "str" and not (isinstance(value, str) or (name == "loss" and isinstance(value, dict | Callable))):
         raise ValueError(f"{name}={value!r}: must be a text.")
-    if wanted.startswith("dict") and not isinstance(value, dict):
-        raise ValueError(f"{name}={value!r}: must be keys and values.")
+    if wanted.startswith("dict"):
+        if not isinstance(value, dict):
+            raise ValueError(f"{name}={value!r}: must be keys and values.")
+        return {key: one.item() if hasattr(one, "item") else one for key, one in value.items()}  # NumPy's numbers
     return value
 
 
@@ -236,7 +244,7 @@ def check_keys(mapping: dict[str, Any], where: str) -> None:
 def read_yaml(path: Path) -> dict[str, Any]:
     try:
         mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(mapping, dict):
         raise ValueError(f"{path} must hold keys and values, one training run; it holds {type(mapping).__name__}.")

@@ -23,7 +23,7 @@ from fastrank.checkpoint import load_model, save_model
 from fastrank.data import RankingList
 from fastrank.data.demo import DemoPart, build_demo_corpus
 from fastrank.evaluate import evaluate, run_from_scores
-from fastrank.reranker import Reranker
+from fastrank.reranker import Reranker, check_count
 from fastrank.tokens import PairTokenizer
 
 from .config import TrainConfig, read_yaml
@@ -52,6 +52,8 @@ def demo_command(argv: Sequence[str]) -> int:
     parser.add_argument("--num_lists", type=int, default=720, help="lists to train on; fewer for a quick look")
     parser.add_argument("--num_queries", type=int, default=100, help="test queries to measure on")
     arguments = parser.parse_args(list(argv))
+    for name in ("num_lists", "num_queries"):
+        check_count(f"--{name}", getattr(arguments, name))
     started = time.perf_counter()
     base, folder = base_weights(), arguments.output_dir
     _say("reading the documentation strings of the standard library, numpy and torch")

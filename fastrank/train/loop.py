@@ -20,13 +20,16 @@ from fastrank.data.files import write_aside
 
 from .config import TrainConfig, read_yaml, to_yaml
 from .feed import EvaluationSet, Feed
-from .report import Report
-from .state import Progress, load_state, save_state
+from .report import LOG_FILE, Report
+from .state import STATE_FILE, Progress, load_state, save_state
 from .trainer import Trainer
 
 __all__ = ["learning_rate_factor", "train"]
 
 CONFIG_FILE = "training.yaml"
+# What a run leaves beside the checkpoint's own files, which a new checkpoint replaces.
+RUN_FILES = (CONFIG_FILE, LOG_FILE, STATE_FILE, STATE_FILE + ".writing", ".partial", "tensorboard", "curves.png",
+             "config.json", "model.safetensors")  # fmt: skip
 
 
 def train(config: TrainConfig, *, quiet: bool = False) -> Path:
@@ -64,7 +67,8 @@ def train(config: TrainConfig, *, quiet: bool = False) -> Path:
             )
         if config.overwrite:  # only now that everything has been read, and nothing can be wrong with it any more
             for entry in _left_in(folder):
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+                if entry.name in RUN_FILES:
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         with write_aside(folder / CONFIG_FILE) as file:
             file.write(to_yaml(config))
         report = Report(folder, num_steps, logged_until, quiet=quiet)
@@ -94,7 +98,8 @@ def _run(
         progress.add(loss, pairs=sum(len(one.documents) for one in lists), seconds=time.perf_counter() - started)
         last = progress.step == num_steps
         record: dict = {"step": progress.step}
-        if last or progress.step % config.logging_steps == 0:
+        measures = evaluation and (last or progress.step % eval_steps == 0)
+        if last or measures or progress.step % config.logging_steps == 0:
             record |= progress.take_means()
             record["learning_rate"] = config.learning_rate * factor
             if not math.isfinite(record["loss"]):
@@ -103,7 +108,7 @@ def _run(
                     "look for labels that are not finite."
                 )
         report.advance(progress.step, loss)
-        if evaluation and (last or progress.step % eval_steps == 0):
+        if measures:
             record["ndcg_at_10"] = measure = evaluation.ndcg_at_10(trainer.scores(evaluation.lists))
             if progress.best_measure is None or measure > progress.best_measure:
                 progress.best_measure, progress.best_step = measure, progress.step
@@ -174,6 +179,8 @@ def check_folder(config: TrainConfig) -> None:
         ValueError: What lies there, and what to do.
     """
     folder = Path(config.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; output_dir must name a folder.")
     left = _left_in(folder)
     if left and Path(config.model).is_dir() and folder.samefile(config.model):
         raise ValueError(f"{folder} holds the model to start from; name another output_dir.")

@@ -73,14 +73,14 @@ def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
         with safe_open(path, "pt") as file:
             progress = Progress(**json.loads(file.metadata()["progress"]))
             stored = {key: file.get_tensor(key) for key in file.keys()}
-    except (SafetensorError, TypeError, KeyError) as error:
+        names = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, value in names.items():
+                value.copy_(stored.pop(f"model.{name}"))
+        for key, moment in stored.items():
+            kind, name = key.split(".", 1)
+            target = names[name]
+            optimizer.state[target][kind] = moment.to(target.device)  # a fused AdamW counts its steps there, too
+    except (SafetensorError, TypeError, ValueError, LookupError, RuntimeError) as error:
         raise ValueError(f"{path} cannot be read ({error}); delete it or start anew with --overwrite.") from None
-    with torch.no_grad():
-        for name, value in model.named_parameters():
-            value.copy_(stored.pop(f"model.{name}"))
-    names = {name: value for name, value in model.named_parameters()}
-    for key, moment in stored.items():
-        kind, name = key.split(".", 1)
-        target = names[name]
-        optimizer.state[target][kind] = moment.to(target.device)  # a fused AdamW counts its steps there, too
     return progress

@@ -15,13 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastrank.checkpoint import load_model
 from fastrank.data import RankingList
 from fastrank.losses import Loss, WeightedSum, count_terms, resolve_loss
 from fastrank.model import CrossEncoder
 from fastrank.packing import Pair, pack_lists, plan_chunks
-from fastrank.reranker import Reranker, find_device
-from fastrank.tokens import PairTokenizer
+from fastrank.reranker import Reranker, find_device, load_parts
 
 from .config import TrainConfig
 
@@ -48,13 +46,15 @@ class Trainer:
             self.loss, self.loss_options = WeightedSum(config.loss, config.loss_options), {}
         else:
             self.loss, self.loss_options = resolve_loss(config.loss), config.loss_options
-        model = load_model(config.model, head="initialise", seed=config.seed, dropout=config.dropout)
-        self.tokenizer = PairTokenizer.load(
+            if isinstance(self.loss, Loss):
+                self.loss.fill(self.loss_options)
+        model, self.tokenizer = load_parts(
             config.model,
-            num_positions=model.max_pair_tokens,
-            max_length=config.max_length,
-            max_query_tokens=config.max_query_tokens,
-            max_document_tokens=config.max_document_tokens,
+            limits={name: getattr(config, name) for name in ("max_length", "max_query_tokens", "max_document_tokens")},
+            hub={},
+            head="initialise",
+            seed=config.seed,
+            dropout=config.dropout,
         )
         self.model = model.to(self.device)
         if config.precision != "float32":
@@ -195,6 +195,8 @@ class Trainer:
 
 def _freeze(model: CrossEncoder, layers: int) -> None:
     """Stops the embeddings and the first `layers` layers from learning; -1 stops nothing."""
+    if layers > len(model.encoder.layers):
+        raise ValueError(f"freeze_layers={layers}: the model has {len(model.encoder.layers)} layers.")
     frozen = [] if layers < 0 else [model.encoder.embeddings, *model.encoder.layers[:layers]]
     for module in frozen:
         module.requires_grad_(False)

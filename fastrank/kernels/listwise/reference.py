@@ -7,6 +7,7 @@ depends on ranks or gains alone is a constant to the gradient.
 
 import inspect
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import torch
@@ -297,8 +298,18 @@ def count_terms(name: str, labels: Tensor, list_offsets: Tensor) -> Tensor:
 def listwise(
     name: str, scores: Tensor, labels: Tensor, list_offsets: Tensor, options: Mapping[str, object]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums (lists,), terms (lists,) and the gradients of the sums (documents,), which autograd finds."""
+    """Sums (lists,), terms (lists,) and the gradients of the sums (documents,), which autograd finds.
+
+    Inside an operator that torch.compile calls, autograd is switched off for the calling thread, hence another one.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        sums, gradients = thread.submit(_sum_and_differentiate, name, scores, labels, list_offsets, options).result()
+    return sums, count_terms(name, labels, list_offsets), gradients
+
+
+def _sum_and_differentiate(name: str, scores: Tensor, labels: Tensor, list_offsets: Tensor, options) -> tuple:
     loss = LOSSES[name][0]
+    labels = labels.long() if labels.dtype == torch.bool else labels
     with torch.enable_grad():
         scores = scores.detach().requires_grad_()
         sums = [
@@ -307,4 +318,4 @@ def listwise(
         ]
         sums = torch.stack(sums) if sums else scores[:0]
         (gradients,) = torch.autograd.grad(sums.sum(), scores)
-    return sums.detach(), count_terms(name, labels, list_offsets), gradients
+    return sums.detach(), gradients
