@@ -41,17 +41,20 @@ def markdown(comparisons: list[Comparison]) -> str:
     for comparison in comparisons:
         strongest = comparison.strongest_baseline
         lines += [f"### {comparison.title}", "", *(f"{note}" for note in comparison.notes), ""]
+        memory = any(one.peak_extra_bytes is not None for one in comparison.contenders)
         lines += [
-            f"| contender | {comparison.unit}/s | spread | times the strongest baseline |",
-            "|---|---:|---:|---:|",
+            f"| contender | {comparison.unit}/s | spread | times the strongest baseline |"
+            + " peak extra MiB |" * memory,
+            "|---|---:|---:|---:|" + "---:|" * memory,
         ]
         for one in comparison.contenders:
             name = f"**{one.name}**" if one.ours else one.name
             if one.failure:
-                lines.append(f"| {name} | {one.failure} | | |")
+                lines.append(f"| {name} | {one.failure} | | |" + " |" * memory)
                 continue
             factor = f"{one.rate / strongest.rate:.2f}" if strongest else ""
-            lines.append(f"| {name} | {one.rate:,.1f} | {one.spread:.0%} | {factor} |")
+            peak = f" {one.peak_extra_bytes / 2**20:,.1f} |" if one.peak_extra_bytes is not None else " |" * memory
+            lines.append(f"| {name} | {one.rate:,.1f} | {one.spread:.0%} | {factor} |" + peak)
         lines.append("")
     return "\n".join(lines)
 
@@ -70,6 +73,7 @@ def record(comparisons: list[Comparison]) -> dict:
                     else {
                         "rate": one.rate,
                         "seconds": one.durations,
+                        "peak_extra_bytes": one.peak_extra_bytes,
                         "times_strongest": one.rate / comparison.strongest_baseline.rate
                         if comparison.strongest_baseline
                         else None,

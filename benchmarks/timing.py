@@ -6,13 +6,17 @@ groups, JSON and comparisons work although the rounds of one comparison are inte
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import re
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
+import torch
 
 COMPARISONS: list[Comparison] = []
 
@@ -44,6 +48,7 @@ class Contender:
     ours: bool = False
     check: Callable[[object], str | None] = lambda result: None  # a sentence where the result is wrong
     durations: list[float] = field(default_factory=list)
+    peak_extra_bytes: int | None = None  # memory that one run takes above what is there before it
     failure: str = ""  # why there is no time: not installed, or WRONG
 
     @property
@@ -61,17 +66,21 @@ class Contender:
 
 @dataclass
 class Comparison:
-    """Contenders for one piece of work; `unit` is what the rate counts per second."""
+    """Contenders for one piece of work; `unit` is what the rate counts per second. Work on a GPU is timed by its
+    events."""
 
     title: str
     unit: str
     contenders: list[Contender]
     notes: list[str] = field(default_factory=list)
+    device: str = "cpu"
 
     def __getitem__(self, name: str) -> Contender:
         return next(one for one in self.contenders if one.name == name)
 
-    def measure(self, rounds: int) -> Comparison:
+    def measure(self, rounds: int, *, memory: bool = False) -> Comparison:
+        """Checks every contender, then times `rounds` runs of each in turn; memory: its peak, too, in a run of its
+        own."""
         for one in self.contenders:
             if not one.failure:
                 wrong = one.check(one.run())  # doubles as the warm-up
@@ -80,11 +89,25 @@ class Comparison:
             for one in self.contenders:
                 if not one.failure:
                     gc.collect()
-                    started = time.perf_counter()
-                    one.run()
-                    one.durations.append(time.perf_counter() - started)
+                    one.durations.append(self._seconds(one.run))
+        for one in self.contenders:
+            if memory and not one.failure:
+                one.peak_extra_bytes = _peak_extra_bytes(one.run, self.device)
         COMPARISONS.append(self)
         return self
+
+    def _seconds(self, run: Callable[[], object]) -> float:
+        if self.device == "cpu":
+            started = time.perf_counter()
+            run()
+            return time.perf_counter() - started
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1000
 
     def hand_over(self, name: str, benchmark) -> None:
         """Gives one contender's rounds to pytest-benchmark; a wrong one of ours fails, an absent peer is skipped."""
@@ -100,6 +123,29 @@ class Comparison:
         return max(
             (one for one in self.contenders if not one.ours and one.durations), key=lambda one: one.rate, default=None
         )
+
+
+def _peak_extra_bytes(run: Callable[[], object], device: str) -> int | None:
+    """On a CPU the resident memory's high-water mark, which Linux lets a process reset; None where it does not."""
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # else the run would reuse what earlier ones have freed, and show nothing
+        Path("/proc/self/clear_refs").write_text("5")
+    except (OSError, AttributeError):
+        return None
+    before = _resident_bytes("VmRSS")
+    run()
+    return max(0, _resident_bytes("VmHWM") - before)
+
+
+def _resident_bytes(name: str) -> int:
+    return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
 def best_setting(make: Callable[[int], Callable[[], object]], settings: list[int]) -> int:

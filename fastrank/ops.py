@@ -226,7 +226,10 @@ class _FusedLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, upstream: Tensor, _terms: Tensor | None):
         gradients, list_offsets = ctx.saved_tensors
-        each = upstream.repeat_interleave(list_offsets.diff(), output_size=len(gradients))
+        if upstream.stride() == (0,) and len(upstream):  # one number for all lists, as sum() hands it down
+            each = upstream[:1]
+        else:
+            each = upstream.repeat_interleave(list_offsets.diff(), output_size=len(gradients))
         return gradients * each, *[None] * 13
 
 

