@@ -550,3 +550,23 @@ def test_the_operator_passes_opcheck(name):
     for scores, labels in ((draw_scores(), LABELS), (draw_scores(size=26)[::2], LABELS.double())):
         arguments = (scores.requires_grad_(), labels, OFFSETS.int(), name, "auto", "finite")
         torch.library.opcheck(torch.ops.fastrank.listwise.default, arguments, options)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_tiers_have_no_order_inside(name):
+    """A partial teacher ranking as tiers: ranked above missing above bottom. Which of two documents of a tier has which
+    score changes nothing; where a pair is needed, a tier alone has none."""
+    ranked, missing, bottom = [4.0, 3.0, 2.0], [1.0] * 3, [0.0] * 2
+    labels = torch.tensor(ranked + missing + bottom)
+    if LOSSES[name].labels == "probabilities":
+        labels = labels / 4
+    offsets = torch.tensor([0, 8])
+    scores = draw_scores(size=8).requires_grad_()
+    swapped = scores.detach()[[0, 1, 2, 5, 3, 4, 7, 6]].requires_grad_()
+    one, other = (LOSSES[name](values, labels, offsets) for values in (scores, swapped))
+    torch.testing.assert_close(one, other)
+    torch.testing.assert_close(gradient_of(one, scores)[[0, 1, 2, 5, 3, 4, 7, 6]], gradient_of(other, swapped))
+    if LOSSES[name].term == "pairs" or "listmle" in name or name == "teacher_order":
+        tier = draw_scores(size=3).requires_grad_()
+        loss = LOSSES[name](tier, labels[3:6], torch.tensor([0, 3]))
+        assert loss == 0 and not gradient_of(loss, tier).any()
