@@ -2,6 +2,7 @@
 
 An operation is a folder of fastrank/kernels, a backend a file in it. `auto` takes the first of BACKENDS that refuses
 neither the device nor the dtype of the tensor, and never moves a tensor; an explicit backend that is refused raises.
+With TRITON_INTERPRET=1 the gpu backend also takes CPU tensors, where it is asked for by name.
 """
 
 import functools
@@ -19,7 +20,7 @@ from torch import Tensor
 from fastrank import kernels
 
 BACKENDS = ("cpu", "gpu", "reference")  # in the order in which `auto` asks
-OPS = tuple(sorted(module.name for module in pkgutil.iter_modules(kernels.__path__)))
+OPS = tuple(sorted(module.name for module in pkgutil.iter_modules(kernels.__path__) if module.ispkg))
 DEVICE_TYPES = {"cpu": "cpu", "gpu": "cuda"}
 DTYPES = {"cpu": (torch.float32,), "gpu": (torch.float32, torch.bfloat16, torch.float16)}
 PROBED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -35,8 +36,15 @@ def _kernel(op: str, backend: str) -> ModuleType:
     return importlib.import_module(f"fastrank.kernels.{op}.{backend}")
 
 
+def _is_interpreted() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 @functools.cache
-def _standing_refusals(op: str, backend: str, device_type: str, dtype: torch.dtype) -> tuple[str, ...]:
+def _standing_refusals(
+    op: str, backend: str, device_type: str, dtype: torch.dtype, interpreted: bool = False
+) -> tuple[str, ...]:
     if backend == "reference":
         return ()
     if importlib.util.find_spec(f"fastrank.kernels.{op}.{backend}") is None:
@@ -48,7 +56,9 @@ def _standing_refusals(op: str, backend: str, device_type: str, dtype: torch.dty
             "The C++ extension fastrank._cpu is not built: install a C++ compiler and run `pip install -e .` in the "
             "checkout."
         )
-    if device_type != DEVICE_TYPES[backend]:
+    if backend == "gpu" and importlib.util.find_spec("triton") is None:
+        sentences.append("Triton is not installed: pip install 'fastrank[gpu]'.")
+    if device_type not in (DEVICE_TYPES[backend], "cpu" if interpreted and backend == "gpu" else None):
         sentences.append(
             f"The {backend} backend runs on {DEVICE_TYPES[backend]} tensors, not on {device_type} tensors."
         )
@@ -64,7 +74,7 @@ def refusals(op: str, backend: str, tensor: Tensor) -> list[str]:
     op: a name of OPS. backend: a name of BACKENDS. tensor: the operation's first argument; its device, its dtype and,
     where a kernel has limits, its shape are looked at.
     """
-    sentences = _standing_refusals(op, backend, tensor.device.type, tensor.dtype)
+    sentences = _standing_refusals(op, backend, tensor.device.type, tensor.dtype, _is_interpreted())
     if sentences or backend == "reference":
         return list(sentences)
     limits = getattr(_kernel(op, backend), "refusals", None)
@@ -83,7 +93,7 @@ def choose(op: str, backend: str, tensor: Tensor) -> ModuleType:
         origin = " (from the environment variable FASTRANK_BACKEND)"
     if backend == "auto":
         for candidate in BACKENDS[:-1]:
-            if not refusals(op, candidate, tensor):
+            if tensor.device.type == DEVICE_TYPES[candidate] and not refusals(op, candidate, tensor):
                 return _kernel(op, candidate)
         _warn_of_reference(op, tensor)
         return _kernel(op, "reference")

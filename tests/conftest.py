@@ -1,6 +1,11 @@
 """What several test files share."""
 
+import os
+
 import pytest
+
+# These run Triton's interpreter, which must be chosen before triton is imported: test_triton_interpreter.py does.
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
 
 
 @pytest.fixture(params=["plain", "avx2", "avx512"])

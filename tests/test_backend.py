@@ -15,6 +15,7 @@ import torch
 import fastrank
 from fastrank import _cpu, backend, ops
 
+IN_TRITON = ("listwise",)
 OFFSETS = torch.tensor([0, 5], dtype=torch.int32)
 
 
@@ -42,9 +43,51 @@ def test_the_cpu_backend_computes_float32_on_cpu_tensors(op):
         assert backend.refusals(op, "reference", tensor.to(dtype)) == []
 
 
-@pytest.mark.parametrize("op", backend.OPS)
+@pytest.mark.parametrize("op", [op for op in backend.OPS if op not in IN_TRITON])
 def test_no_gpu_kernel_is_claimed(op):
     assert backend.refusals(op, "gpu", torch.zeros(5, 2, 8)) == [f"fastrank has no GPU kernel for {op}."]
+
+
+@pytest.mark.parametrize("op", IN_TRITON)
+def test_the_gpu_backend_wants_triton_and_a_cuda_tensor(op, monkeypatch):
+    tensor = torch.zeros(5)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert backend.refusals(op, "gpu", tensor) == ["The gpu backend runs on cuda tensors, not on cpu tensors."]
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert backend.refusals(op, "gpu", tensor) == []
+    assert backend.refusals(op, "gpu", tensor.to("meta")) == [
+        "The gpu backend runs on cuda tensors, not on meta tensors."
+    ]
+    assert chosen(op, tensor) == f"fastrank.kernels.{op}.cpu", "the interpreter is for whoever asks for it"
+
+
+def test_a_missing_triton_is_a_refusal_that_says_how_to_install_it(without_extension):
+    result = python(
+        """
+        import importlib.util
+        find_spec = importlib.util.find_spec
+        importlib.util.find_spec = lambda name, *package: None if name == "triton" else find_spec(name, *package)
+        import torch
+        from fastrank import backend
+        (one, two) = backend.refusals("listwise", "gpu", torch.zeros(1))
+        assert one == "Triton is not installed: pip install 'fastrank[gpu]'." and "cuda tensors" in two
+        """,
+        without_extension,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_nothing_imports_triton_until_a_gpu_kernel_is_wanted():
+    code = """
+        import sys
+        import torch
+        from fastrank import backend, losses
+        loss = losses.LOSSES["ranknet"](torch.zeros(2), torch.arange(2), torch.tensor([0, 2]), backend="reference")
+        backend.table()
+        assert "triton" not in sys.modules, "triton is imported"
+    """
+    result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def test_a_kernel_may_refuse_a_shape():
@@ -168,7 +211,8 @@ def test_the_command_prints_every_operation_and_backend(capsys):
     for op in ("attention", "layer_norm", "listwise"):
         rows = [line.split() for line in text.splitlines() if line.startswith(op)]
         assert [row[1] for row in rows] == ["cpu", "gpu", "reference"]
-        assert rows[0][2:] == ["yes", "float32"] and rows[1][2] == "no"
+        assert rows[0][2:] == ["yes", "float32"]
+        assert rows[1][2] == ("yes" if op in IN_TRITON and torch.cuda.is_available() else "no")
     assert backend.backends_command(["--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["machine"]["instruction_set"] == _cpu.isa()

@@ -1,0 +1,72 @@
+"""Every Triton configuration that can be launched compiles for two generations of GPUs and spills no register.
+
+The compiler needs no GPU. What it says is kept in pytest's cache, by kernel, configuration and version of triton.
+"""
+
+import importlib
+import importlib.util
+
+import pytest
+from ahead_of_time import SHARED_BYTES, Resources, complaints, key, measure
+from triton import language as tl
+
+from fastrank import backend
+from fastrank.kernels.configuration import Configuration, Table, kernel
+
+TABLES = {
+    op: importlib.import_module(f"fastrank.kernels.{op}.gpu").CONFIGURATIONS
+    for op in backend.OPS
+    if importlib.util.find_spec(f"fastrank.kernels.{op}.gpu") is not None
+}
+
+
+@pytest.mark.parametrize("capability", SHARED_BYTES)
+@pytest.mark.parametrize(("op", "name"), [(op, name) for op, table in TABLES.items() for name in table])
+def test_a_configuration_compiles_without_spills(op, name, capability, request):
+    configuration = TABLES[op][name]
+    entry = f"ahead_of_time/{key(configuration, capability)}"
+    known = request.config.cache.get(entry, None)
+    resources = Resources(*known) if known else measure(configuration, capability)
+    request.config.cache.set(entry, [resources.registers, resources.stack_bytes, resources.shared_bytes])
+    assert complaints(resources, capability) == []
+
+
+@kernel
+def greedy_kernel(values_ptr, count, SIZE: tl.constexpr):
+    """Holds more numbers at once than a thread has registers."""
+    values = tl.load(values_ptr + tl.arange(0, SIZE))
+    total = tl.zeros((SIZE,), tl.float32)
+    for step in range(count):
+        total += tl.sin(values * step) * tl.load(values_ptr + step)
+        values += total
+    tl.store(values_ptr + tl.arange(0, SIZE), total + values)
+
+
+def test_the_gate_sees_spills():
+    def resources(size: int) -> Resources:
+        return measure(Configuration(greedy_kernel, {"values_ptr": "*fp32", "count": "i32"}, {"SIZE": size}, 1), 90)
+
+    assert complaints(resources(32), 90) == []
+    assert "registers are spilled" in complaints(resources(8192), 90)[0]
+
+
+def test_the_gate_knows_how_much_shared_memory_there_is():
+    resources = Resources(registers=32, stack_bytes=0, shared_bytes=200 * 1024)
+    assert complaints(resources, 90) == []
+    assert "204800 bytes of shared memory; there are 166912" in complaints(resources, 80)[0]
+
+
+def test_the_cache_knows_kernels_and_configurations_apart():
+    table = TABLES["listwise"]
+    keys = [key(configuration, capability) for configuration in table.values() for capability in SHARED_BYTES]
+    assert len(set(keys)) == len(keys)
+
+
+def test_a_configuration_outside_the_table_cannot_be_launched():
+    table = Table({"small": Configuration(greedy_kernel, {"values_ptr": "*fp32", "count": "i32"}, {"SIZE": 32})})
+    with pytest.raises(KeyError, match="large"):
+        table.launch("large", 1, 0, 0)
+    with pytest.raises(TypeError, match=r"small: values_ptr must be \*fp32, not i32"):
+        table.launch("small", 1, 0, 0)
+    with pytest.raises(ValueError):
+        table.launch("small", 1)
