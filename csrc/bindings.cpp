@@ -6,9 +6,11 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels.hpp"
@@ -76,11 +78,15 @@ fastrank::AttentionShape attention_shape(const HeadsArray& q, const std::vector<
           {segments[2].data(), segments[3].data()}, scale, num_threads};
 }
 
-fastrank::RankDiscount rank_discount(const std::string& name) {
-  if (name == "log2") return fastrank::RankDiscount::LOG2;
-  if (name == "reciprocal") return fastrank::RankDiscount::RECIPROCAL;
-  if (name == "none") return fastrank::RankDiscount::NONE;
-  throw std::invalid_argument("discount must be log2, reciprocal or none, not " + name);
+// The value of this name, or a ValueError with the known ones.
+template <class Value>
+Value choice(const char* option, const std::string& name, std::initializer_list<std::pair<const char*, Value>> known) {
+  std::string names;
+  for (const auto& [other, value] : known) {
+    if (name == other) return value;
+    names += (names.empty() ? "" : ", ") + std::string(other);
+  }
+  throw std::invalid_argument(std::string(option) + " must be one of " + names + ", not " + name);
 }
 
 void define_listwise(py::module_& m, const char* name, fastrank::ListwiseKernel* fastrank::Kernels::*member) {
@@ -88,18 +94,36 @@ void define_listwise(py::module_& m, const char* name, fastrank::ListwiseKernel*
       name,
       [member](const Array<float>& scores, const Array<double>& labels, const Array<int32_t>& offsets, Array<float> sums,
                Array<int64_t> terms, Array<float> gradients, int num_threads, double temperature, const std::string& discount,
-               const std::string& ties) {
+               const std::string& ties, std::optional<double> margin, bool squared, const std::string& weighting,
+               std::optional<int64_t> k, const std::string& gain) {
+        using Discount = fastrank::RankDiscount;
+        using Weighting = fastrank::PairWeighting;
         const fastrank::ListwiseBatch batch{scores.data(),       labels.data(),        offsets.data(),           offsets.size() - 1,
                                             sums.mutable_data(), terms.mutable_data(), gradients.mutable_data()};
-        const fastrank::ListwiseOptions options{temperature, rank_discount(discount), ties == "average"};
+        const fastrank::ListwiseOptions options{
+            temperature,
+            choice<Discount>("discount", discount,
+                             {{"log2", Discount::LOG2}, {"reciprocal", Discount::RECIPROCAL}, {"none", Discount::NONE}}),
+            choice<bool>("ties", ties, {{"average", true}, {"first", false}}),
+            margin,
+            squared,
+            choice<Weighting>("weighting", weighting,
+                              {{"ndcg2pp", Weighting::NDCG2PP},
+                               {"ndcg2", Weighting::NDCG2},
+                               {"ndcg1", Weighting::NDCG1},
+                               {"lambdarank", Weighting::LAMBDARANK},
+                               {"none", Weighting::NONE}}),
+            k,
+            choice<bool>("gain", gain, {{"exponential", true}, {"linear", false}})};
         auto* const kernel = kernels().*member;
         py::gil_scoped_release released;
         kernel(batch, options, num_threads);
       },
       "Writes each list's sum and number of terms, and the gradients of the sums. A loss reads the options that it has.",
       py::arg("scores").noconvert(), py::arg("labels").noconvert(), py::arg("offsets").noconvert(), py::arg("sums").noconvert(),
-      py::arg("terms").noconvert(), py::arg("gradients").noconvert(), py::arg("num_threads"), py::arg("temperature"),
-      py::arg("discount") = "none", py::arg("ties") = "average");
+      py::arg("terms").noconvert(), py::arg("gradients").noconvert(), py::arg("num_threads"), py::arg("temperature") = 1.0,
+      py::arg("discount") = "none", py::arg("ties") = "average", py::arg("margin") = py::none(), py::arg("squared") = false,
+      py::arg("weighting") = "none", py::arg("k") = py::none(), py::arg("gain") = "exponential");
 }
 
 }  // namespace
@@ -209,6 +233,21 @@ PYBIND11_MODULE(_cpu, m) {
       py::arg("dbias").noconvert(), py::arg("num_threads"));
 
   define_listwise(m, "ranknet", &fastrank::Kernels::ranknet);
+  define_listwise(m, "weighted_ranknet", &fastrank::Kernels::weighted_ranknet);
+  define_listwise(m, "teacher_order", &fastrank::Kernels::teacher_order);
+  define_listwise(m, "lambda", &fastrank::Kernels::lambda_loss);
+  define_listwise(m, "margin_mse", &fastrank::Kernels::margin_mse);
+  define_listwise(m, "hinge", &fastrank::Kernels::hinge);
   define_listwise(m, "lce", &fastrank::Kernels::lce);
+  define_listwise(m, "contrastive_imitation", &fastrank::Kernels::contrastive_imitation);
+  define_listwise(m, "listnet", &fastrank::Kernels::listnet);
+  define_listwise(m, "kl", &fastrank::Kernels::kl);
+  define_listwise(m, "listmle", &fastrank::Kernels::listmle);
+  define_listwise(m, "p_listmle", &fastrank::Kernels::p_listmle);
   define_listwise(m, "adr_mse", &fastrank::Kernels::adr_mse);
+  define_listwise(m, "approx_ndcg", &fastrank::Kernels::approx_ndcg);
+  define_listwise(m, "approx_mrr", &fastrank::Kernels::approx_mrr);
+  define_listwise(m, "bce", &fastrank::Kernels::bce);
+  define_listwise(m, "mse", &fastrank::Kernels::mse);
+  define_listwise(m, "pearson", &fastrank::Kernels::pearson);
 }

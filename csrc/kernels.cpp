@@ -14,8 +14,23 @@ extern const Kernels kernels = {
     layer_norm_forward,
     layer_norm_backward,
     ranknet,
+    weighted_ranknet,
+    teacher_order,
+    lambda_loss,
+    margin_mse,
+    hinge,
     lce,
+    contrastive_imitation,
+    listnet,
+    kl,
+    listmle,
+    p_listmle,
     adr_mse,
+    approx_ndcg,
+    approx_mrr,
+    bce,
+    mse,
+    pearson,
 };
 
 }  // namespace fastrank::FASTRANK_ISA

@@ -17,7 +17,8 @@ struct Kernels {
   void (*gelu_backward)(const GeluBackward&);
   void (*layer_norm_forward)(const LayerNormForward&);
   void (*layer_norm_backward)(const LayerNormBackward&);
-  ListwiseKernel *ranknet, *lce, *adr_mse;
+  ListwiseKernel *ranknet, *weighted_ranknet, *teacher_order, *lambda_loss, *margin_mse, *hinge, *lce, *contrastive_imitation,
+      *listnet, *kl, *listmle, *p_listmle, *adr_mse, *approx_ndcg, *approx_mrr, *bce, *mse, *pearson;
 };
 
 namespace plain { extern const Kernels kernels; }

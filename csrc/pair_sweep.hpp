@@ -23,6 +23,16 @@ inline int64_t num_chunks(int64_t n) { return std::clamp<int64_t>(n / CHUNK_DOCU
 
 inline int64_t whole_vectors(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 
+// Divides differences of scores by the temperature, rounding once where there are fused multiply-adds; a division takes longer.
+struct Temperature {
+  float inverse, rest;  // 1 / temperature in two parts
+
+  explicit Temperature(double temperature)
+      : inverse(static_cast<float>(1 / std::max(temperature, 1e-30))),  // still a number in float32
+        rest(static_cast<float>(1 / std::max(temperature, 1e-30) - inverse)) {}
+  vfloat divide(vfloat difference) const { return difference * inverse + difference * rest; }
+};
+
 struct PairTerms {
   vfloat row, column;  // what the pair adds to the sum of its row and to that of its column
 };

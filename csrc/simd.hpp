@@ -117,4 +117,20 @@ inline vfloat log1p_nonnegative(vfloat x) {
   return exponent * 0.693359375f + (exponent * -2.12194440e-4f + log_f);
 }
 
+// log(1 + x) for 0 <= x <= 1, wrong by at most 2e-7 of itself; NaN stays NaN. x times a polynomial of the least largest relative
+// error, 5e-9.
+inline vfloat log1p_of_unit(vfloat x) {
+  vfloat p = splat(-3.24398093e-3f);
+  p = p * x + 1.98512618e-2f;
+  p = p * x - 5.69591597e-2f;
+  p = p * x + 1.06036217e-1f;
+  p = p * x - 1.53055698e-1f;
+  p = p * x + 1.96759313e-1f;
+  p = p * x - 2.49541327e-1f;
+  p = p * x + 3.33299637e-1f;
+  p = p * x - 4.99999017e-1f;
+  p = p * x + 1.f;
+  return p * x;
+}
+
 }  // namespace fastrank::FASTRANK_ISA

@@ -289,7 +289,7 @@ def test_extension_takes_no_silent_copies():
         wrong[position] = torch.zeros(4, dtype=good[position].dtype)[::2].numpy()
         with pytest.raises(TypeError):
             _cpu.ranknet(*wrong, 1, temperature=1.0)
-    with pytest.raises(ValueError, match="log2, reciprocal or none"):
+    with pytest.raises(ValueError, match="log2, reciprocal, none"):
         _cpu.adr_mse(*arrays, 1, temperature=1.0, discount="log10")
 
 
@@ -307,7 +307,7 @@ def test_operation_names_what_does_not_fit():
     with pytest.raises(ValueError, match=r"torch\.int64"):
         ops.listwise("ranknet", torch.zeros(3, dtype=torch.int64), scores, offsets, options=options)
     for backend in ("cpu", "reference"):
-        with pytest.raises(ValueError, match="no listwise loss 'isa'; known are adr_mse, lce, ranknet"):
+        with pytest.raises(ValueError, match="no listwise loss 'isa'; known are adr_mse, approx_mrr, approx_ndcg, "):
             ops.listwise("isa", scores, scores, offsets, options={}, backend=backend)
     with pytest.raises(ValueError, match="no listwise loss 'isa'"):
         ops.listwise_terms("isa", scores, offsets)
@@ -326,7 +326,7 @@ def test_memory_grows_with_documents_not_with_pairs():
             scores = torch.randn(size, requires_grad=True)
             offsets = torch.tensor([0, size])
             for loss in LOSSES.values():
-                loss(scores, torch.arange(size), offsets).backward()
+                loss(scores, torch.arange(size) / size, offsets).backward()
 
         torch.manual_seed(0)
         step(100)

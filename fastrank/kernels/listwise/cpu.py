@@ -1,6 +1,7 @@
-"""Listwise losses in C++ (csrc/listwise.cpp): float32 scores, labels in float64.
+"""Listwise losses in C++ (csrc/listwise_*.cpp): float32 scores, labels in float64.
 
-Threaded over lists and, in a long list, over blocks of rows; the same bit for bit on any number of threads.
+Threaded over lists and, where every pair of a long list is visited, over blocks of rows; the same bit for bit on any
+number of threads.
 """
 
 from collections.abc import Mapping
@@ -10,7 +11,26 @@ from torch import Tensor
 
 from fastrank import _cpu
 
-LOSSES = ("ranknet", "lce", "adr_mse")
+LOSSES = (
+    "ranknet",
+    "weighted_ranknet",
+    "lambda",
+    "margin_mse",
+    "hinge",
+    "lce",
+    "listnet",
+    "kl",
+    "listmle",
+    "p_listmle",
+    "approx_ndcg",
+    "approx_mrr",
+    "pearson",
+    "contrastive_imitation",
+    "teacher_order",
+    "adr_mse",
+    "bce",
+    "mse",
+)
 
 
 def listwise(
