@@ -46,7 +46,7 @@ const fastrank::Kernels& kernels() {
     if (std::strcmp(wanted, table->isa) == 0) return *table;
     names += (names.empty() ? "" : ", ") + std::string(table->isa);
   }
-  throw std::runtime_error("FASTRANK_CPU_ISA=" + std::string(wanted) + " cannot run on this processor, which offers " + names +
+  throw std::invalid_argument("FASTRANK_CPU_ISA=" + std::string(wanted) + " cannot run on this processor, which offers " + names +
                            ".");
 }
 

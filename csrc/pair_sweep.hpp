@@ -23,14 +23,24 @@ inline int64_t num_chunks(int64_t n) { return std::clamp<int64_t>(n / CHUNK_DOCU
 
 inline int64_t whole_vectors(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 
-// Divides differences of scores by the temperature, rounding once where there are fused multiply-adds; a division takes longer.
+// Divides differences of scores by the temperature, rounding once; a division would take longer and round the temperature, too.
 struct Temperature {
+  double exact;
   float inverse, rest;  // 1 / temperature in two parts
 
   explicit Temperature(double temperature)
-      : inverse(static_cast<float>(1 / std::max(temperature, 1e-30))),  // still a number in float32
-        rest(static_cast<float>(1 / std::max(temperature, 1e-30) - inverse)) {}
-  vfloat divide(vfloat difference) const { return difference * inverse + difference * rest; }
+      : exact(1 / std::max(temperature, 1e-30)),  // still a number in float32
+        inverse(static_cast<float>(exact)),
+        rest(static_cast<float>(exact - inverse)) {}
+  vfloat divide(vfloat difference) const {
+#if defined(__FMA__) || defined(__aarch64__)
+    return difference * inverse + difference * rest;
+#else  // without fused multiply-adds the two parts would round three times
+    vfloat quotient;
+    for (int i = 0; i < LANES; ++i) quotient[i] = static_cast<float>(difference[i] * exact);
+    return quotient;
+#endif
+  }
 };
 
 struct PairTerms {

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import pkgutil
+import sys
 import warnings
 from types import ModuleType
 
@@ -27,7 +28,7 @@ PROBED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _warned: set[str] = set()
 
 
-class BackendRefused(RuntimeError):
+class BackendRefused(RuntimeError, ValueError):
     """An explicitly chosen backend cannot run this operation on this tensor."""
 
 
@@ -145,15 +146,21 @@ def machine() -> dict:
 
 def backends_command(argv: list[str]) -> int:
     """Prints the table of backends (`--json`: as one JSON object) and returns the exit status."""
+    usage = "usage: python -m fastrank backends [--json]"
+    if {"-h", "--help"} & set(argv):
+        print(usage)
+        return 0
     if unknown := [argument for argument in argv if argument != "--json"]:
-        import sys
-
         print(f"backends takes no argument but --json, not {' '.join(unknown)}", file=sys.stderr)
         return 2
+    try:
+        facts = machine()
+    except ValueError as error:  # FASTRANK_CPU_ISA names what this processor lacks
+        print(f"fastrank backends: {error}", file=sys.stderr)
+        return 2
     if argv:
-        print(json.dumps({"machine": machine(), "backends": table()}))
+        print(json.dumps({"machine": facts, "backends": table()}))
         return 0
-    facts = machine()
     offered = f" (this processor offers {', '.join(facts['instruction_sets'])})" if facts["instruction_sets"] else ""
     instruction_set = facts["instruction_set"] or "none"
     print(f"instruction set {instruction_set}{offered}, {facts['num_threads']} threads, torch {facts['torch']}")

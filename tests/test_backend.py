@@ -2,6 +2,7 @@
 absence."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -228,5 +229,14 @@ def test_the_command_refuses_other_arguments(capsys):
 
 def test_an_impossible_instruction_set_is_refused_with_those_there_are(monkeypatch):
     monkeypatch.setenv("FASTRANK_CPU_ISA", "neon")
-    with pytest.raises(RuntimeError, match=r"FASTRANK_CPU_ISA=neon cannot run on this processor, which offers .*plain"):
+    with pytest.raises(ValueError, match=r"FASTRANK_CPU_ISA=neon cannot run on this processor, which offers .*plain"):
         _cpu.isa()
+
+
+@pytest.mark.parametrize("verb", [["backends"], ["backends", "--json"]])
+def test_an_instruction_set_that_is_not_there_is_one_sentence(verb):
+    result = subprocess.run(
+        [sys.executable, "-m", "fastrank", *verb],
+        capture_output=True, text=True, env={**os.environ, "FASTRANK_CPU_ISA": "neon"},
+    )  # fmt: skip
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "neon" in result.stderr

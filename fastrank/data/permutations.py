@@ -53,8 +53,8 @@ def parse_permutation(response: str, num_documents: int, *, policy: str = "repai
     response: what the model said; what stands before a closing think tag is left out, and digits of any script, raised
     or circled, count as digits. num_documents: documents in the window, numbered from 1 in the prompt. policy: "repair"
     (documents that were left out follow in their previous order), "drop" (an answer that is not "ok" gives no order) or
-    "tier" (as repair; labels() puts what was left out into one tier). Raises TypeError for a response that is no str and
-    ValueError for an unknown policy.
+    "tier" (as repair; labels() puts what was left out into one tier). Raises TypeError for a response that is no str
+    and ValueError for an unknown policy.
     """
     if not isinstance(response, str):
         raise TypeError(f"the response must be a str, not {type(response).__name__}")
