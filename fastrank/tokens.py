@@ -107,6 +107,7 @@ class PairTokenizer:
         Raises OSError where nothing loads, ValueError where `max_length` passes the model's positions.
         """
         import transformers
+        from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
         hub = {"revision": revision, "token": token, "local_files_only": local_files_only}
         name = os.path.expanduser(name_or_path)
@@ -114,11 +115,9 @@ class PairTokenizer:
         if not Path(name).is_dir() and (looks_local or Path(name).exists()):
             raise OSError(f"{name} is not a folder; give the folder of a checkpoint or a name on the Hugging Face hub.")
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(name, **hub)
             # Lightning-IR stores a class of its own beside the one that it builds on.
-            backbone = getattr(transformers, tokenizer.init_kwargs.get("backbone_tokenizer_class") or "", None)
-            if backbone is not None and type(tokenizer) is transformers.TokenizersBackend:
-                tokenizer = backbone.from_pretrained(name, **hub)
+            stored = get_tokenizer_config(name, **hub).get("backbone_tokenizer_class") or ""
+            tokenizer = getattr(transformers, stored, transformers.AutoTokenizer).from_pretrained(name, **hub)
         except Exception as error:  # transformers passes on whatever its parsing ran into
             advice = (
                 "the folder needs a tokenizer.json"

@@ -119,7 +119,6 @@ def demo_command(argv: Sequence[str]) -> int:
     result = {
         "measure": MEASURE,
         **figures,
-        "untrained_queries": len(untrained),
         "pairs_per_second": round(sum(rates) / len(rates), 1),
         "seconds": round(time.perf_counter() - started, 1),
         "checkpoint": str(folder),
