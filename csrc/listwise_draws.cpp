@@ -88,12 +88,8 @@ void p_listmle(const ListwiseBatch& batch, const ListwiseOptions& options, int n
   for_each_list(batch, num_threads, [&](const List& list) {
     const int64_t n = list.n;
     const Order by_label = order_by(list.labels, n);
-    std::vector<double> weights(n);  // over 2^n
-    for (int64_t begin = 0; begin < n; begin = by_label.lower[begin]) {
-      const int64_t end = by_label.lower[begin];
-      const double rank = 0.5 * (begin + 1 + end);
-      std::fill(weights.begin() + begin, weights.begin() + end, std::exp2(-rank) - std::exp2(-static_cast<double>(n)));
-    }
+    std::vector<double> weights = by_label.average_ranks();
+    for (double& weight : weights) weight = std::exp2(-weight) - std::exp2(-static_cast<double>(n));  // over 2^n
     const double all = sum(weights.data(), n);
     for (double& weight : weights) weight = all > 0 ? weight / all : 0.;
     set_draws(list, by_label, options.temperature, weights);

@@ -104,12 +104,8 @@ void hinge(const ListwiseBatch& batch, const ListwiseOptions& options, int num_t
     const Order by_label = order_by(list.labels, n), by_score = order_by(list.scores, n);
     *list.terms = by_label.num_pairs();
     const double margin = options.margin.value_or(1);
-    std::vector<int32_t> tier_of(n);
-    int32_t num_tiers = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      if (i == 0 || by_label.lower[i] != by_label.lower[i - 1]) ++num_tiers;
-      tier_of[by_label.documents[i]] = num_tiers - 1;
-    }
+    const std::vector<int32_t> tier_of = by_label.tiers();
+    const int32_t num_tiers = n > 0 ? tier_of[by_label.documents[n - 1]] + 1 : 0;
     std::vector<double> scores(n), values(n), gradients(n);
     std::vector<int32_t> tiers(n);  // 0 for the highest label
     double not_a_number = 0;        // NaN if a score is, which the comparisons below would drop

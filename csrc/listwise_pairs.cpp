@@ -197,12 +197,7 @@ void sum_lambda_pairs(const ListwiseBatch& batch, const ListwiseOptions& options
   for_each_list_of_pairs(batch, num_threads, [&](const List& list, int threads) {
     const int64_t n = list.n;
     const Order by_score = order_by(list.scores, n), by_label = order_by(list.labels, n);
-    std::vector<float> tier_of(n);
-    float tier = -1;
-    for (int64_t i = 0; i < n; ++i) {
-      if (i == 0 || by_label.lower[i] != by_label.lower[i - 1]) ++tier;
-      tier_of[by_label.documents[i]] = tier;
-    }
+    const std::vector<int32_t> tier_of = by_label.tiers();
     const std::vector<double> gain_of = normalised_gains(list, by_label, options, discounts);
     const std::vector<float> scores = padded(n, [&](int64_t i) { return list.scores[by_score.documents[i]]; });
     const std::vector<float> tiers = padded(n, [&](int64_t i) { return tier_of[by_score.documents[i]]; });
@@ -256,11 +251,8 @@ void weighted_ranknet(const ListwiseBatch& batch, const ListwiseOptions& options
   for_each_list_of_pairs(batch, num_threads, [&](const List& list, int threads) {
     const Order by_label = order_by(list.labels, list.n);
     *list.terms = by_label.num_pairs();
-    int64_t tied_from = 0;
-    sum_weighted_pairs<InverseRankSum>(list, by_label, options.temperature, 1, threads, [&](int64_t i) {
-      if (i > 0 && by_label.lower[i] != by_label.lower[i - 1]) tied_from = i;
-      return 0.5 * (tied_from + 1 + by_label.lower[i]);
-    });
+    const std::vector<double> ranks = by_label.average_ranks();
+    sum_weighted_pairs<InverseRankSum>(list, by_label, options.temperature, 1, threads, [&](int64_t i) { return ranks[i]; });
   });
 }
 

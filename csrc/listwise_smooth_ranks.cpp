@@ -137,12 +137,11 @@ void adr_mse(const ListwiseBatch& batch, const ListwiseOptions& options, int num
     const int64_t n = list.n;
     const SmoothRanks ranks(list, options.temperature, threads);
     const Order by_label = order_by(list.labels, n);
+    const std::vector<double> average_ranks = by_label.average_ranks();
     std::vector<double> rank_gradients(n);
     double loss = 0;
-    int64_t tied_from = 0;
     for (int64_t i = 0; i < n; ++i) {
-      if (i > 0 && by_label.lower[i] != by_label.lower[i - 1]) tied_from = i;
-      const double teacher_rank = options.average_ties ? 0.5 * (tied_from + 1 + by_label.lower[i]) : i + 1;
+      const double teacher_rank = options.average_ties ? average_ranks[i] : i + 1;
       const double discount = options.discount == RankDiscount::LOG2         ? std::log2(teacher_rank + 1)
                               : options.discount == RankDiscount::RECIPROCAL ? teacher_rank
                                                                              : 1;

@@ -21,6 +21,23 @@ struct Order {
     for (size_t i = 0; i < documents.size(); ++i) count += static_cast<int64_t>(documents.size()) - lower[i];
     return count;
   }
+  // By position, 1 for the highest value: equal values share their average rank.
+  std::vector<double> average_ranks() const {
+    const int64_t n = static_cast<int64_t>(documents.size());
+    std::vector<double> ranks(n);
+    for (int64_t begin = 0; begin < n; begin = lower[begin])
+      std::fill(ranks.begin() + begin, ranks.begin() + lower[begin], 0.5 * (begin + 1 + lower[begin]));
+    return ranks;
+  }
+  // By document: which run of equal values it belongs to, 0 for the highest.
+  std::vector<int32_t> tiers() const {
+    const int64_t n = static_cast<int64_t>(documents.size());
+    std::vector<int32_t> tiers(n);
+    int32_t tier = 0;
+    for (int64_t begin = 0; begin < n; begin = lower[begin], ++tier)
+      for (int64_t i = begin; i < lower[begin]; ++i) tiers[documents[i]] = tier;
+    return tiers;
+  }
 };
 
 template <class Key>

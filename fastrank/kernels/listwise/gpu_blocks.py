@@ -8,6 +8,7 @@ import triton
 from triton import language as tl
 
 from fastrank.kernels.configuration import kernel
+from fastrank.kernels.listwise.gpu_exponentials import join_rate
 
 
 @triton.jit
@@ -28,6 +29,27 @@ def find_rows(list_offsets_ptr, num_lists, BLOCK_ROWS: tl.constexpr):
     begin = tl.load(list_offsets_ptr + low)
     end = tl.load(list_offsets_ptr + low + 1)
     return begin, end, begin + (program - begin // BLOCK_ROWS - low) * BLOCK_ROWS
+
+
+@triton.jit
+def load_keyed(scores_ptr, keys_ptr, documents, end):
+    """Scores and keys of documents; behind the end 0 and NaN, which is above and below nothing."""
+    scores = tl.load(scores_ptr + documents, mask=documents < end, other=0.0)
+    keys = tl.load(keys_ptr + documents, mask=documents < end, other=float("nan"))
+    return scores, keys
+
+
+@triton.jit
+def store_gradients(gradients_ptr, documents, is_document, pulls, rate_hi, rate_lo):
+    """Gradients of the scores from those of scores / temperature, float64."""
+    tl.store(gradients_ptr + documents, (pulls * join_rate(rate_hi, rate_lo)).to(tl.float32), mask=is_document)
+
+
+@triton.jit
+def find_list(list_offsets_ptr):
+    """This program's list: its index, its first document and the one behind its last."""
+    index = tl.program_id(0)
+    return index, tl.load(list_offsets_ptr + index), tl.load(list_offsets_ptr + index + 1)
 
 
 @kernel
@@ -81,9 +103,7 @@ def listwise_sum_kernel(
     BLOCK_DOCUMENTS: tl.constexpr,
 ):
     """The sum of each list's rows and the number of its terms: its pairs, or 1 where it has a document."""
-    index = tl.program_id(0)
-    begin = tl.load(list_offsets_ptr + index)
-    end = tl.load(list_offsets_ptr + index + 1)
+    index, begin, end = find_list(list_offsets_ptr)
     losses = tl.zeros((BLOCK_DOCUMENTS,), tl.float64)
     counts = tl.zeros((BLOCK_DOCUMENTS,), tl.int64)
     for start in range(begin, end, BLOCK_DOCUMENTS):

@@ -7,7 +7,7 @@ of the lower) as exp(x_k - base_i) * coefficient_i: base_i is the largest score 
 from triton import language as tl
 
 from fastrank.kernels.configuration import kernel
-from fastrank.kernels.listwise.gpu_blocks import find_rows
+from fastrank.kernels.listwise.gpu_blocks import find_rows, load_keyed, store_gradients
 from fastrank.kernels.listwise.gpu_exponentials import exp_of_minus, join_rate, log1p_in_float64, split_power
 
 
@@ -32,13 +32,12 @@ def listwise_draw_kernel(
     if first_row < end:
         power_hi, power_lo = split_power(rate_hi, rate_lo)
         rows = first_row + tl.arange(0, BLOCK_ROWS)
-        own_scores = tl.load(scores_ptr + rows, mask=rows < end, other=0.0)
-        own_keys = tl.load(keys_ptr + rows, mask=rows < end, other=float("nan"))[:, None]
+        own_scores, own_keys = load_keyed(scores_ptr, keys_ptr, rows, end)
+        own_keys = own_keys[:, None]
         highest = tl.full((BLOCK_ROWS, BLOCK_COLUMNS), float("-inf"), tl.float32)
         for column in range(begin, end, BLOCK_COLUMNS):
             columns = column + tl.arange(0, BLOCK_COLUMNS)
-            scores = tl.load(scores_ptr + columns, mask=columns < end, other=0.0)[None, :]
-            keys = tl.load(keys_ptr + columns, mask=columns < end, other=float("nan"))[None, :]
+            scores, keys = load_keyed(scores_ptr, keys_ptr, columns[None, :], end)
             highest = tl.maximum(highest, tl.where(own_keys > keys, scores, float("-inf")))
         bases = tl.maximum(own_scores, tl.max(highest, 1))
         lower = tl.zeros((BLOCK_ROWS,), tl.float64)
@@ -46,8 +45,7 @@ def listwise_draw_kernel(
             total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
             for column in range(stretch, tl.minimum(stretch + STRETCH, end), BLOCK_COLUMNS):
                 columns = column + tl.arange(0, BLOCK_COLUMNS)
-                scores = tl.load(scores_ptr + columns, mask=columns < end, other=0.0)[None, :]
-                keys = tl.load(keys_ptr + columns, mask=columns < end, other=float("nan"))[None, :]
+                scores, keys = load_keyed(scores_ptr, keys_ptr, columns[None, :], end)
                 power = exp_of_minus(bases[:, None] - scores, power_hi, power_lo)
                 total += tl.where(own_keys > keys, power, 0.0)
             lower += tl.sum(total, 1).to(tl.float64)
@@ -81,8 +79,7 @@ def listwise_draw_gradient_kernel(
     if first_row < end:
         power_hi, power_lo = split_power(rate_hi, rate_lo)
         rows = first_row + tl.arange(0, BLOCK_ROWS)
-        own_scores = tl.load(scores_ptr + rows, mask=rows < end, other=0.0)[:, None]
-        own_keys = tl.load(keys_ptr + rows, mask=rows < end, other=float("nan"))[:, None]
+        own_scores, own_keys = load_keyed(scores_ptr, keys_ptr, rows[:, None], end)
         pulls = tl.load(own_pulls_ptr + rows, mask=rows < end, other=0.0)
         for stretch in range(begin, end, STRETCH):
             pull = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
@@ -94,4 +91,4 @@ def listwise_draw_gradient_kernel(
                 power = exp_of_minus(bases - own_scores, power_hi, power_lo)
                 pull += tl.where(own_keys < keys, power * coefficients, 0.0)
             pulls += tl.sum(pull, 1).to(tl.float64)
-        tl.store(gradients_ptr + rows, (pulls * join_rate(rate_hi, rate_lo)).to(tl.float32), mask=rows < end)
+        store_gradients(gradients_ptr, rows, rows < end, pulls, rate_hi, rate_lo)

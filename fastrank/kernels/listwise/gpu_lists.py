@@ -3,10 +3,21 @@
 One program a list, in chunks, so that lists may have any length. All of it in float64, which costs nothing here.
 """
 
+import triton
 from triton import language as tl
 
 from fastrank.kernels.configuration import kernel
+from fastrank.kernels.listwise.gpu_blocks import find_list
 from fastrank.kernels.listwise.gpu_exponentials import join_rate, log1p_in_float64
+
+
+@triton.jit
+def load_others(scores_ptr, labels_ptr, documents, is_other, rate, WEIGHTED: tl.constexpr):
+    """Score / temperature, times 1 - label where it is weighted, of the documents beside the target."""
+    x = tl.load(scores_ptr + documents, mask=is_other, other=0.0).to(tl.float64) * rate
+    if WEIGHTED:
+        x *= 1.0 - tl.load(labels_ptr + documents, mask=is_other, other=0.0).to(tl.float64)
+    return x
 
 
 @kernel
@@ -25,9 +36,7 @@ def listwise_target_kernel(
 ):
     """Cross-entropy against the first document of the highest key: LCE, where some label must be above 0, or
     contrastive imitation, whose scores weigh the target's label and 1 - another's."""
-    index = tl.program_id(0)
-    begin = tl.load(list_offsets_ptr + index)
-    end = tl.load(list_offsets_ptr + index + 1)
+    index, begin, end = find_list(list_offsets_ptr)
     rate = join_rate(rate_hi, rate_lo)
     highest_key = tl.full((), float("-inf"), tl.float32)
     target = begin
@@ -55,9 +64,7 @@ def listwise_target_kernel(
     for start in range(begin, end, BLOCK_DOCUMENTS):
         documents = start + tl.arange(0, BLOCK_DOCUMENTS)
         is_other = (documents < end) & (documents != target)
-        x = tl.load(scores_ptr + documents, mask=is_other, other=0.0).to(tl.float64) * rate
-        if WEIGHTED:
-            x *= 1.0 - tl.load(labels_ptr + documents, mask=is_other, other=0.0).to(tl.float64)
+        x = load_others(scores_ptr, labels_ptr, documents, is_other, rate, WEIGHTED)
         highest = tl.maximum(highest, tl.where(is_other, x, float("-inf")))
     base = tl.maximum(target_x, tl.max(highest, 0))
 
@@ -65,9 +72,7 @@ def listwise_target_kernel(
     for start in range(begin, end, BLOCK_DOCUMENTS):
         documents = start + tl.arange(0, BLOCK_DOCUMENTS)
         is_other = (documents < end) & (documents != target)
-        x = tl.load(scores_ptr + documents, mask=is_other, other=0.0).to(tl.float64) * rate
-        if WEIGHTED:
-            x *= 1.0 - tl.load(labels_ptr + documents, mask=is_other, other=0.0).to(tl.float64)
+        x = load_others(scores_ptr, labels_ptr, documents, is_other, rate, WEIGHTED)
         total += tl.where(is_other, tl.exp(x - base), 0.0)
     others = tl.sum(total, 0)
     behind = base - target_x
@@ -102,9 +107,7 @@ def listwise_divergence_kernel(
     BLOCK_DOCUMENTS: tl.constexpr,
 ):
     """Cross-entropy of softmax(scores / temperature) against softmax(labels), or less the latter's entropy."""
-    index = tl.program_id(0)
-    begin = tl.load(list_offsets_ptr + index)
-    end = tl.load(list_offsets_ptr + index + 1)
+    index, begin, end = find_list(list_offsets_ptr)
     rate = join_rate(rate_hi, rate_lo)
     highest_x = tl.full((BLOCK_DOCUMENTS,), float("-inf"), tl.float64)
     highest_label = tl.full((BLOCK_DOCUMENTS,), float("-inf"), tl.float64)
@@ -158,9 +161,7 @@ def listwise_pearson_kernel(
     BLOCK_DOCUMENTS: tl.constexpr,
 ):
     """1 - correlation; where either is constant, 1 with a gradient of 0."""
-    index = tl.program_id(0)
-    begin = tl.load(list_offsets_ptr + index)
-    end = tl.load(list_offsets_ptr + index + 1)
+    index, begin, end = find_list(list_offsets_ptr)
     has_document = end > begin
     first_score = tl.load(scores_ptr + begin, mask=has_document, other=0.0).to(tl.float64)
     first_label = tl.load(labels_ptr + begin, mask=has_document, other=0.0).to(tl.float64)
@@ -222,9 +223,7 @@ def listwise_pointwise_kernel(
     BLOCK_DOCUMENTS: tl.constexpr,
 ):
     """Binary cross-entropy of sigmoid(score / temperature), or (score / temperature - label)^2."""
-    index = tl.program_id(0)
-    begin = tl.load(list_offsets_ptr + index)
-    end = tl.load(list_offsets_ptr + index + 1)
+    index, begin, end = find_list(list_offsets_ptr)
     rate = join_rate(rate_hi, rate_lo)
     losses = tl.zeros((BLOCK_DOCUMENTS,), tl.float64)
     for start in range(begin, end, BLOCK_DOCUMENTS):

@@ -9,10 +9,11 @@ is above and below nothing.
 from triton import language as tl
 
 from fastrank.kernels.configuration import kernel
-from fastrank.kernels.listwise.gpu_blocks import find_rows
-from fastrank.kernels.listwise.gpu_exponentials import join_rate, log1p, log1p_of_exponential, split_power, weigh_pair
+from fastrank.kernels.listwise import reference
+from fastrank.kernels.listwise.gpu_blocks import find_rows, load_keyed, store_gradients
+from fastrank.kernels.listwise.gpu_exponentials import log1p, log1p_of_exponential, split_power, weigh_pair
 
-LAMBDA_MU = tl.constexpr(10.0)
+LAMBDA_MU = tl.constexpr(reference.LAMBDA_MU)
 
 
 @kernel
@@ -36,8 +37,7 @@ def listwise_ranknet_kernel(
     if first_row < end:
         power_hi, power_lo = split_power(rate_hi, rate_lo)
         rows = first_row + tl.arange(0, BLOCK_ROWS)
-        own_scores = tl.load(scores_ptr + rows, mask=rows < end, other=0.0)[:, None]
-        own_keys = tl.load(keys_ptr + rows, mask=rows < end, other=float("nan"))[:, None]
+        own_scores, own_keys = load_keyed(scores_ptr, keys_ptr, rows[:, None], end)
         losses = tl.zeros((BLOCK_ROWS,), tl.float64)
         pulls = tl.zeros((BLOCK_ROWS,), tl.float64)
         num_lower = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.int32)
@@ -47,8 +47,7 @@ def listwise_ranknet_kernel(
             pull = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
             for column in range(stretch, tl.minimum(stretch + STRETCH, end), BLOCK_COLUMNS):
                 columns = column + tl.arange(0, BLOCK_COLUMNS)
-                scores = tl.load(scores_ptr + columns, mask=columns < end, other=0.0)[None, :]
-                keys = tl.load(keys_ptr + columns, mask=columns < end, other=float("nan"))[None, :]
+                scores, keys = load_keyed(scores_ptr, keys_ptr, columns[None, :], end)
                 prefers = own_keys > keys
                 yields = own_keys < keys
                 apart = scores - own_scores
@@ -62,7 +61,7 @@ def listwise_ranknet_kernel(
             pulls += tl.sum(pull, 1).to(tl.float64)
         tl.store(row_losses_ptr + rows, losses, mask=rows < end)
         tl.store(num_lower_ptr + rows, tl.sum(num_lower, 1), mask=rows < end)
-        tl.store(gradients_ptr + rows, (pulls * join_rate(rate_hi, rate_lo)).to(tl.float32), mask=rows < end)
+        store_gradients(gradients_ptr, rows, rows < end, pulls, rate_hi, rate_lo)
 
 
 @kernel
@@ -88,8 +87,7 @@ def listwise_weighted_kernel(
     if first_row < end:
         power_hi, power_lo = split_power(rate_hi, rate_lo)
         rows = first_row + tl.arange(0, BLOCK_ROWS)
-        own_scores = tl.load(scores_ptr + rows, mask=rows < end, other=0.0)[:, None]
-        own_keys = tl.load(keys_ptr + rows, mask=rows < end, other=float("nan"))[:, None]
+        own_scores, own_keys = load_keyed(scores_ptr, keys_ptr, rows[:, None], end)
         own_values = tl.load(values_ptr + rows, mask=rows < end, other=1.0)[:, None]
         losses = tl.zeros((BLOCK_ROWS,), tl.float64)
         pulls = tl.zeros((BLOCK_ROWS,), tl.float64)
@@ -100,8 +98,7 @@ def listwise_weighted_kernel(
             pull = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
             for column in range(stretch, tl.minimum(stretch + STRETCH, end), BLOCK_COLUMNS):
                 columns = column + tl.arange(0, BLOCK_COLUMNS)
-                scores = tl.load(scores_ptr + columns, mask=columns < end, other=0.0)[None, :]
-                keys = tl.load(keys_ptr + columns, mask=columns < end, other=float("nan"))[None, :]
+                scores, keys = load_keyed(scores_ptr, keys_ptr, columns[None, :], end)
                 values = tl.load(values_ptr + columns, mask=columns < end, other=1.0)[None, :]
                 prefers = own_keys > keys
                 apart = scores - own_scores
@@ -122,7 +119,7 @@ def listwise_weighted_kernel(
         if WEIGHT == "difference":
             pulls /= tl.maximum(tl.sum(num_pairs, 0), 1).to(tl.float64)
         tl.store(row_losses_ptr + rows, losses, mask=rows < end)
-        tl.store(gradients_ptr + rows, (pulls * join_rate(rate_hi, rate_lo)).to(tl.float32), mask=rows < end)
+        store_gradients(gradients_ptr, rows, rows < end, pulls, rate_hi, rate_lo)
 
 
 @kernel
@@ -206,7 +203,7 @@ def listwise_lambda_kernel(
         positions = first_row + tl.arange(0, BLOCK_ROWS)
         rows = tl.load(order_ptr + positions, mask=positions < end, other=0)
         tl.store(row_losses_ptr + rows, losses, mask=positions < end)
-        tl.store(gradients_ptr + rows, (pulls * join_rate(rate_hi, rate_lo)).to(tl.float32), mask=positions < end)
+        store_gradients(gradients_ptr, rows, positions < end, pulls, rate_hi, rate_lo)
 
 
 @kernel
@@ -232,8 +229,7 @@ def listwise_margin_kernel(
     begin, end, first_row = find_rows(list_offsets_ptr, num_lists, BLOCK_ROWS)
     if first_row < end:
         rows = first_row + tl.arange(0, BLOCK_ROWS)
-        own_scores = tl.load(scores_ptr + rows, mask=rows < end, other=0.0)[:, None]
-        own_keys = tl.load(keys_ptr + rows, mask=rows < end, other=float("nan"))[:, None]
+        own_scores, own_keys = load_keyed(scores_ptr, keys_ptr, rows[:, None], end)
         own_labels = tl.load(labels_ptr + rows, mask=rows < end, other=0.0)[:, None]
         losses = tl.zeros((BLOCK_ROWS,), tl.float64)
         pulls = tl.zeros((BLOCK_ROWS,), tl.float64)
@@ -243,8 +239,7 @@ def listwise_margin_kernel(
             pull = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
             for column in range(stretch, tl.minimum(stretch + STRETCH, end), BLOCK_COLUMNS):
                 columns = column + tl.arange(0, BLOCK_COLUMNS)
-                scores = tl.load(scores_ptr + columns, mask=columns < end, other=0.0)[None, :]
-                keys = tl.load(keys_ptr + columns, mask=columns < end, other=float("nan"))[None, :]
+                scores, keys = load_keyed(scores_ptr, keys_ptr, columns[None, :], end)
                 prefers = own_keys > keys
                 # the preferred document's score less the other's, over the temperature
                 ahead = tl.where(prefers, own_scores - scores, scores - own_scores)
@@ -270,4 +265,4 @@ def listwise_margin_kernel(
             pulls += tl.sum(pull, 1).to(tl.float64)
         tl.store(row_losses_ptr + rows, losses, mask=rows < end)
         tl.store(num_lower_ptr + rows, tl.sum(num_lower, 1), mask=rows < end)
-        tl.store(gradients_ptr + rows, (pulls * join_rate(rate_hi, rate_lo)).to(tl.float32), mask=rows < end)
+        store_gradients(gradients_ptr, rows, rows < end, pulls, rate_hi, rate_lo)

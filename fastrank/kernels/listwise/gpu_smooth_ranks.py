@@ -5,11 +5,12 @@ r_i = 1 + sum over the others of sigmoid(x_other - x_i); with slopes c_i = d los
 the sum over i of (c_i - c_k) sigmoid'(x_k - x_i), so a constant added to all scores changes nothing.
 """
 
+import triton
 from triton import language as tl
 
 from fastrank.kernels.configuration import kernel
-from fastrank.kernels.listwise.gpu_blocks import find_rows
-from fastrank.kernels.listwise.gpu_exponentials import LN_2, exp_of_minus, join_rate, reciprocal, split_power
+from fastrank.kernels.listwise.gpu_blocks import find_list, find_rows, store_gradients
+from fastrank.kernels.listwise.gpu_exponentials import LN_2, exp_of_minus, reciprocal, split_power
 
 
 @kernel
@@ -79,7 +80,7 @@ def listwise_smooth_rank_gradient_kernel(
                 steepness = power * share * share
                 pull += tl.where((columns < end)[None, :], (slopes - own_slopes) * steepness, 0.0)
             pulls += tl.sum(pull, 1).to(tl.float64)
-        tl.store(gradients_ptr + rows, (pulls * join_rate(rate_hi, rate_lo)).to(tl.float32), mask=rows < end)
+        store_gradients(gradients_ptr, rows, rows < end, pulls, rate_hi, rate_lo)
 
 
 @kernel
@@ -94,9 +95,7 @@ def listwise_rank_loss_kernel(
     BLOCK_DOCUMENTS: tl.constexpr,
 ):
     """(smooth rank - teacher rank)^2 / discount."""
-    index = tl.program_id(0)
-    begin = tl.load(list_offsets_ptr + index)
-    end = tl.load(list_offsets_ptr + index + 1)
+    index, begin, end = find_list(list_offsets_ptr)
     losses = tl.zeros((BLOCK_DOCUMENTS,), tl.float64)
     for start in range(begin, end, BLOCK_DOCUMENTS):
         documents = start + tl.arange(0, BLOCK_DOCUMENTS)
@@ -126,9 +125,7 @@ def listwise_approx_ndcg_kernel(
     BLOCK_DOCUMENTS: tl.constexpr,
 ):
     """1 - the sum of gain / log2(smooth rank + 1)."""
-    index = tl.program_id(0)
-    begin = tl.load(list_offsets_ptr + index)
-    end = tl.load(list_offsets_ptr + index + 1)
+    index, begin, end = find_list(list_offsets_ptr)
     measure = tl.zeros((BLOCK_DOCUMENTS,), tl.float64)
     for start in range(begin, end, BLOCK_DOCUMENTS):
         documents = start + tl.arange(0, BLOCK_DOCUMENTS)
@@ -144,6 +141,13 @@ def listwise_approx_ndcg_kernel(
     tl.store(terms_ptr + index, has_document.to(tl.int64))
 
 
+@triton.jit
+def load_clipped(labels_ptr, documents, end):
+    """Labels cut to [0, 1]."""
+    labels = tl.load(labels_ptr + documents, mask=documents < end, other=0.0)
+    return tl.minimum(tl.maximum(labels, 0.0), 1.0)
+
+
 @kernel
 def listwise_approx_mrr_kernel(
     smooth_ranks_ptr,
@@ -156,30 +160,26 @@ def listwise_approx_mrr_kernel(
     BLOCK_DOCUMENTS: tl.constexpr,
 ):
     """1 - the mean of min(label, 1) / smooth rank over the documents like the one where it is largest."""
-    index = tl.program_id(0)
-    begin = tl.load(list_offsets_ptr + index)
-    end = tl.load(list_offsets_ptr + index + 1)
+    index, begin, end = find_list(list_offsets_ptr)
     best_value = tl.full((), float("-inf"), tl.float64)
     best = begin
     for start in range(begin, end, BLOCK_DOCUMENTS):
         documents = start + tl.arange(0, BLOCK_DOCUMENTS)
-        labels = tl.load(labels_ptr + documents, mask=documents < end, other=0.0).to(tl.float64)
+        labels = load_clipped(labels_ptr, documents, end).to(tl.float64)
         ranks = tl.load(smooth_ranks_ptr + documents, mask=documents < end, other=1.0)
-        values = tl.where(documents < end, tl.minimum(tl.maximum(labels, 0.0), 1.0) / ranks, float("-inf"))
+        values = tl.where(documents < end, labels / ranks, float("-inf"))
         value = tl.max(values, 0)
         first = tl.min(tl.where(values == value, documents, end), 0)
         best = tl.where(value > best_value, first, best)
         best_value = tl.maximum(best_value, value)
     best_score = tl.load(scores_ptr + best, mask=best < end, other=0.0)
-    best_label = tl.load(labels_ptr + best, mask=best < end, other=0.0)
-    best_label = tl.minimum(tl.maximum(best_label, 0.0), 1.0)
+    best_label = load_clipped(labels_ptr, best, end)
     total = tl.zeros((BLOCK_DOCUMENTS,), tl.float64)
     count = tl.zeros((BLOCK_DOCUMENTS,), tl.int32)
     for start in range(begin, end, BLOCK_DOCUMENTS):
         documents = start + tl.arange(0, BLOCK_DOCUMENTS)
         scores = tl.load(scores_ptr + documents, mask=documents < end, other=0.0)
-        labels = tl.load(labels_ptr + documents, mask=documents < end, other=0.0)
-        labels = tl.minimum(tl.maximum(labels, 0.0), 1.0)
+        labels = load_clipped(labels_ptr, documents, end)
         ranks = tl.load(smooth_ranks_ptr + documents, mask=documents < end, other=1.0)
         alike = (documents < end) & (labels == best_label) & (scores == best_score)
         total += tl.where(alike, labels / ranks, 0.0)
@@ -188,8 +188,7 @@ def listwise_approx_mrr_kernel(
     for start in range(begin, end, BLOCK_DOCUMENTS):
         documents = start + tl.arange(0, BLOCK_DOCUMENTS)
         scores = tl.load(scores_ptr + documents, mask=documents < end, other=0.0)
-        labels = tl.load(labels_ptr + documents, mask=documents < end, other=0.0)
-        labels = tl.minimum(tl.maximum(labels, 0.0), 1.0)
+        labels = load_clipped(labels_ptr, documents, end)
         ranks = tl.load(smooth_ranks_ptr + documents, mask=documents < end, other=1.0)
         alike = (labels == best_label) & (scores == best_score)
         slopes = tl.where(alike, labels / (ranks * ranks) / num_alike, 0.0)
@@ -199,6 +198,20 @@ def listwise_approx_mrr_kernel(
     loss = 1.0 - tl.sum(total, 0) / tl.where(has_document, num_alike, 1.0)
     tl.store(sums_ptr + index, tl.where(has_document, loss, 0.0).to(tl.float32))
     tl.store(terms_ptr + index, has_document.to(tl.int64))
+
+
+@triton.jit
+def load_unnormalised(labels_ptr, ranks_ptr, documents, begin, end, largest, GAIN: tl.constexpr):
+    """Gains, or p-ListMLE's weights, over 2^(highest label) or 2^(documents)."""
+    if GAIN == "p_listmle":
+        ranks = tl.load(ranks_ptr + documents, mask=documents < end, other=1).to(tl.float64)
+        values = tl.exp(-ranks * LN_2) - tl.exp((begin - end).to(tl.float64) * LN_2)
+    else:
+        labels = tl.load(labels_ptr + documents, mask=documents < end, other=0.0).to(tl.float64)
+        values = tl.maximum(labels, 0.0)
+        if GAIN == "exponential":
+            values = tl.exp((values - largest) * LN_2) - tl.exp(-largest * LN_2)
+    return values
 
 
 @kernel
@@ -213,9 +226,7 @@ def listwise_normalise_kernel(
 ):
     """Gains over the ideal DCG at k (ranks: by label, in input order), or p-ListMLE's weights over their sum (ranks: by
     label, averaged over ties)."""
-    index = tl.program_id(0)
-    begin = tl.load(list_offsets_ptr + index)
-    end = tl.load(list_offsets_ptr + index + 1)
+    _index, begin, end = find_list(list_offsets_ptr)
     highest = tl.zeros((BLOCK_DOCUMENTS,), tl.float64)
     if GAIN == "exponential":
         for start in range(begin, end, BLOCK_DOCUMENTS):
@@ -226,25 +237,14 @@ def listwise_normalise_kernel(
     total = tl.zeros((BLOCK_DOCUMENTS,), tl.float64)
     for start in range(begin, end, BLOCK_DOCUMENTS):
         documents = start + tl.arange(0, BLOCK_DOCUMENTS)
-        ranks = tl.load(ranks_ptr + documents, mask=documents < end, other=1).to(tl.float64)
+        values = load_unnormalised(labels_ptr, ranks_ptr, documents, begin, end, largest, GAIN)
         if GAIN == "p_listmle":
-            values = tl.exp(-ranks * LN_2) - tl.exp((begin - end).to(tl.float64) * LN_2)
             total += tl.where(documents < end, values, 0.0)
         else:
-            labels = tl.load(labels_ptr + documents, mask=documents < end, other=0.0).to(tl.float64)
-            labels = tl.maximum(labels, 0.0)
-            if GAIN == "exponential":
-                labels = tl.exp((labels - largest) * LN_2) - tl.exp(-largest * LN_2)
-            total += tl.where((documents < end) & (ranks <= k), labels * LN_2 / tl.log(ranks + 1.0), 0.0)
+            ranks = tl.load(ranks_ptr + documents, mask=documents < end, other=1).to(tl.float64)
+            total += tl.where((documents < end) & (ranks <= k), values * LN_2 / tl.log(ranks + 1.0), 0.0)
     divisor = tl.sum(total, 0)
     for start in range(begin, end, BLOCK_DOCUMENTS):
         documents = start + tl.arange(0, BLOCK_DOCUMENTS)
-        if GAIN == "p_listmle":
-            ranks = tl.load(ranks_ptr + documents, mask=documents < end, other=1).to(tl.float64)
-            values = tl.exp(-ranks * LN_2) - tl.exp((begin - end).to(tl.float64) * LN_2)
-        else:
-            values = tl.load(labels_ptr + documents, mask=documents < end, other=0.0).to(tl.float64)
-            values = tl.maximum(values, 0.0)
-            if GAIN == "exponential":
-                values = tl.exp((values - largest) * LN_2) - tl.exp(-largest * LN_2)
+        values = load_unnormalised(labels_ptr, ranks_ptr, documents, begin, end, largest, GAIN)
         tl.store(shares_ptr + documents, tl.where(divisor > 0.0, values / divisor, 0.0), mask=documents < end)
