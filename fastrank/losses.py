@@ -288,10 +288,12 @@ def count_terms(name: str, labels: Tensor, list_offsets: Tensor, **options: obje
     return ops.listwise_terms(name, labels, list_offsets)
 
 
-def resolve_loss(loss: str | Mapping[str, float] | Callable[..., Tensor]) -> Callable[..., Tensor]:
+def resolve_loss(
+    loss: str | Mapping[str, float] | Callable[..., Tensor], options: Mapping[str, Mapping[str, object]] | None = None
+) -> Callable[..., Tensor]:
     """The loss of this name, or the function at this dotted path (package.module.function), or the function itself.
 
-    A mapping of names to weights is their WeightedSum.
+    A mapping of names to weights is their WeightedSum, with these options by name.
 
     A user's function is called as loss(scores, labels, list_offsets, **options) and returns one number. Raises
     ValueError for a name that is neither.
@@ -299,7 +301,7 @@ def resolve_loss(loss: str | Mapping[str, float] | Callable[..., Tensor]) -> Cal
     if callable(loss):
         return loss
     if isinstance(loss, Mapping):
-        return WeightedSum(loss)
+        return WeightedSum(loss, options or {})
     if loss in LOSSES or "." not in loss:
         return LOSSES[loss]
     module, _, name = loss.rpartition(".")

@@ -169,7 +169,6 @@ def listwise(
         raise ValueError(f"labels must be real numbers, not {labels.dtype}.")
     if labels.device != scores.device:
         raise ValueError(f"labels must be on {scores.device}, where the scores are, not on {labels.device}.")
-    _check_offsets("list_offsets", list_offsets, scores, segment="list", row="document", values=False)
     every = UNUSED_OPTIONS | options
     return _FusedLoss.apply(scores, labels, list_offsets, name, backend, check, *every.values())
 
@@ -230,7 +229,7 @@ class _FusedLoss(torch.autograd.Function):
             each = upstream[:1]
         else:
             each = upstream.repeat_interleave(list_offsets.diff(), output_size=len(gradients))
-        return gradients * each, *[None] * 13
+        return gradients * each, *[None] * (5 + len(UNUSED_OPTIONS))
 
 
 # What a loss may demand of labels: a sentence for the others, and which these are.
@@ -310,24 +309,22 @@ def _require_integers(name: str, tensor: Tensor, beside: Tensor, dtypes: tuple[t
         )
 
 
-def _check_offsets(
-    name: str, offsets: Tensor, rows: Tensor, *, segment: str = "pair", row: str = "token", values: bool = True
-) -> None:
+def _check_offsets(name: str, offsets: Tensor, rows: Tensor, *, segment: str = "pair", row: str = "token") -> None:
     """Offsets begin at 0, never decrease and end at the number of rows: otherwise a kernel would read foreign
     memory. Those of lists may be int64, which is what torch makes by itself."""
     _require_integers(name, offsets, rows, (torch.int32, torch.int64) if segment == "list" else (torch.int32,))
     if offsets.dim() != 1 or not len(offsets):
         raise ValueError(f"{name} must have the shape ({segment}s + 1,), not {_shape(offsets)}.")
-    if not values or offsets.device.type != "cpu":
+    if offsets.device.type != "cpu":
         return
-    bounds = offsets.numpy()
-    if bounds[0] != 0:
-        raise ValueError(f"{name} must begin at 0, not at {bounds[0]}.")
-    if bounds[-1] != len(rows):
-        raise ValueError(f"{name} must end at the number of {row}s, {len(rows)}, not at {bounds[-1]}.")
-    steps = bounds[1:] < bounds[:-1]
+    values = offsets.numpy()
+    if values[0] != 0:
+        raise ValueError(f"{name} must begin at 0, not at {values[0]}.")
+    if values[-1] != len(rows):
+        raise ValueError(f"{name} must end at the number of {row}s, {len(rows)}, not at {values[-1]}.")
+    steps = values[1:] < values[:-1]
     if steps.any():
         first = int(steps.argmax())
         raise ValueError(
-            f"{name} must not decrease, but {segment} {first} reaches from {bounds[first]} to {bounds[first + 1]}."
+            f"{name} must not decrease, but {segment} {first} reaches from {values[first]} to {values[first + 1]}."
         )

@@ -413,10 +413,7 @@ def _find_limit(top_k: int | None, top_n: int | None) -> int | None:
     limit = top_k if top_k is not None else top_n
     if limit is None:
         return None
-    try:
-        limit = operator.index(limit)
-    except TypeError:
-        raise TypeError(f"top_k must be a whole number, not {limit!r}.") from None
+    limit = _whole("top_k", limit)
     if limit < 0:
         raise ValueError(f"top_k is {limit}; it cannot be negative.")
     return limit
@@ -454,13 +451,16 @@ def check_count(name: str, value: Any, largest: float = math.inf) -> None:
     """Refuses what is neither None nor a whole number from 1 to `largest`."""
     if value is None:
         return
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be a whole number, not {value!r}.") from None
-    if not 1 <= number <= largest:
+    if not 1 <= _whole(name, value) <= largest:
         at_most = "" if largest == math.inf else f" and at most {largest}"
         raise ValueError(f"{name} is {value}; it must be at least 1{at_most}.")
+
+
+def _whole(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be a whole number, not {value!r}.") from None
 
 
 def find_device(device: str | torch.device | None) -> torch.device:

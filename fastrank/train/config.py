@@ -116,7 +116,8 @@ class TrainConfig:
         for name in ("train_data", "eval_data"):
             if isinstance(getattr(self, name), Iterator):  # it is read more than once
                 setattr(self, name, list(getattr(self, name)))
-        self.max_steps = max(self.max_steps, 0) if self.max_steps == -1 else self.max_steps  # Hugging Face's default
+        if self.max_steps == -1:  # Hugging Face's default
+            self.max_steps = 0
         if self.num_threads is not None and self.num_threads > MAX_THREADS:
             raise ValueError(f"num_threads={self.num_threads}: must be at most {MAX_THREADS}.")
         if self.resume and self.overwrite:

@@ -42,12 +42,11 @@ class Trainer:
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
         self.device = find_device(None if config.device == "auto" else config.device)
-        if isinstance(config.loss, dict):
-            self.loss, self.loss_options = WeightedSum(config.loss, config.loss_options), {}
-        else:
-            self.loss, self.loss_options = resolve_loss(config.loss), config.loss_options
-            if isinstance(self.loss, Loss):
-                self.loss.fill(self.loss_options)
+        self.loss = resolve_loss(config.loss, config.loss_options)
+        # A weighted sum has them inside; those of one loss are looked at now rather than in the first step.
+        self.loss_options = {} if isinstance(self.loss, WeightedSum) else config.loss_options
+        if isinstance(self.loss, Loss):
+            self.loss.fill(self.loss_options)
         model, self.tokenizer = load_parts(
             config.model,
             limits={name: getattr(config, name) for name in ("max_length", "max_query_tokens", "max_document_tokens")},
