@@ -302,9 +302,18 @@ def listwise(
 
     Inside an operator that torch.compile calls, autograd is switched off for the calling thread, hence another one.
     """
-    with ThreadPoolExecutor(1) as thread:
-        sums, gradients = thread.submit(_sum_and_differentiate, name, scores, labels, list_offsets, options).result()
+    arguments = name, scores, labels, list_offsets, options
+    if _autograd_records():
+        sums, gradients = _sum_and_differentiate(*arguments)
+    else:
+        with ThreadPoolExecutor(1) as thread:
+            sums, gradients = thread.submit(_sum_and_differentiate, *arguments).result()
     return sums, count_terms(name, labels, list_offsets), gradients
+
+
+def _autograd_records() -> bool:
+    with torch.enable_grad():
+        return (torch.zeros((), requires_grad=True) * 1).requires_grad
 
 
 def _sum_and_differentiate(name: str, scores: Tensor, labels: Tensor, list_offsets: Tensor, options) -> tuple:
