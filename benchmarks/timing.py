@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import re
 import statistics
 import time
@@ -47,7 +48,8 @@ class Contender:
     work: float
     ours: bool = False
     check: Callable[[object], str | None] = lambda result: None  # a sentence where the result is wrong
-    durations: list[float] = field(default_factory=list)
+    durations: list[float] = field(default_factory=list)  # of one run each, in seconds
+    repeats: int = 1  # runs in a round, whose mean is a duration
     peak_extra_bytes: int | None = None  # memory that one run takes above what is there before it
     failure: str = ""  # why there is no time: not installed, or WRONG
 
@@ -78,36 +80,41 @@ class Comparison:
     def __getitem__(self, name: str) -> Contender:
         return next(one for one in self.contenders if one.name == name)
 
-    def measure(self, rounds: int, *, memory: bool = False) -> Comparison:
-        """Checks every contender, then times `rounds` runs of each in turn; memory: its peak, too, in a run of its
-        own."""
+    def measure(self, rounds: int, *, memory: bool = False, shortest_round: float = 0.0) -> Comparison:
+        """Checks every contender, then times `rounds` rounds of each in turn; memory: its peak, too, in a run of its
+        own. A round is one run, repeated where it is shorter than shortest_round (seconds)."""
         for one in self.contenders:
             if not one.failure:
                 wrong = one.check(one.run())  # doubles as the warm-up
                 one.failure = f"WRONG: {wrong}" if wrong else ""
+            if not one.failure and shortest_round:
+                one.repeats = math.ceil(shortest_round / min(self._seconds(one.run, 1) for _ in range(3)))
         for _ in range(rounds):
             for one in self.contenders:
                 if not one.failure:
                     gc.collect()
-                    one.durations.append(self._seconds(one.run))
+                    one.durations.append(self._seconds(one.run, one.repeats))
         for one in self.contenders:
             if memory and not one.failure:
                 one.peak_extra_bytes = _peak_extra_bytes(one.run, self.device)
         COMPARISONS.append(self)
         return self
 
-    def _seconds(self, run: Callable[[], object]) -> float:
+    def _seconds(self, run: Callable[[], object], repeats: int) -> float:
+        """The mean of so many runs, one straight after another."""
         if self.device == "cpu":
             started = time.perf_counter()
-            run()
-            return time.perf_counter() - started
+            for _ in range(repeats):
+                run()
+            return (time.perf_counter() - started) / repeats
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         begin.record()
-        run()
+        for _ in range(repeats):
+            run()
         end.record()
         torch.cuda.synchronize()
-        return begin.elapsed_time(end) / 1000
+        return begin.elapsed_time(end) / 1000 / repeats
 
     def hand_over(self, name: str, benchmark) -> None:
         """Gives one contender's rounds to pytest-benchmark; a wrong one of ours fails, an absent peer is skipped."""

@@ -1,7 +1,7 @@
 """Listwise losses by name: scores, labels and list_offsets in, one number out.
 
 Documents of all lists stand behind one another, cut by list_offsets; labels: higher is better; natural logarithm. A
-loss sums over its terms and counts them (fastrank.ops.listwise); the reduction divides, here. A batch without any term
+loss sums over its terms and counts them, and the reduction divides (fastrank.ops.listwise). A batch without any term
 has the loss 0 and a gradient of zeros. The formulas, as code: fastrank/kernels/listwise/reference.py.
 """
 
@@ -22,7 +22,6 @@ from fastrank import ops
 __all__ = ["LOSSES", "Loss", "UnknownLoss", "WeightedSum", "count_terms", "resolve_loss"]
 
 SMALLEST = 1e-30  # of positive options: scores over it must stay float32 numbers
-REDUCTIONS = ("mean", "list_mean", "none", "sum")
 
 
 class UnknownLoss(KeyError, ValueError):
@@ -125,19 +124,20 @@ class Loss:
                 unknown reduction or option.
         """
         options = self.fill(options)
-        if reduction not in REDUCTIONS:
-            raise ValueError(f"reduction={reduction!r}: choose one of {', '.join(REDUCTIONS)}.")
         if scores.dtype in (torch.bfloat16, torch.float16):
             scores = scores.float()
         check = self.allowed_labels(options) if check or (check is None and scores.device.type == "cpu") else ""
-        sums, terms = ops.listwise(
-            self.name, scores, labels, list_offsets, options=options, backend=backend, check=check
+        value, _ = ops.listwise(
+            self.name,
+            scores,
+            labels,
+            list_offsets,
+            options=options,
+            reduction=reduction,
+            backend=backend,
+            check=check,
         )
-        if reduction == "mean":
-            return sums.sum() / terms.sum().clamp(min=1)
-        if reduction == "list_mean":
-            return (sums / terms.clamp(min=1)).sum() / terms.count_nonzero().clamp(min=1)
-        return sums.sum() if reduction == "sum" else sums
+        return value
 
     def fill(self, options: Mapping[str, object]) -> dict[str, object]:
         """All options of the loss: the given ones, checked, and the defaults of the others."""

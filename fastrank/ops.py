@@ -4,6 +4,7 @@ Every tensor is packed: the tokens of all pairs behind one another, cut by offse
 CPU only, since reading them would make a GPU wait.
 """
 
+import functools
 import math
 from collections.abc import Iterable, Mapping
 
@@ -144,17 +145,18 @@ def listwise(
     list_offsets: Tensor,
     *,
     options: Mapping[str, object],
+    reduction: str = "none",
     backend: str = "auto",
     check: str = "",
 ) -> tuple[Tensor, Tensor]:
-    """The terms of a listwise loss, summed and counted list by list; the sums are differentiable once in scores.
+    """The terms of a listwise loss, summed and counted list by list, and reduced; differentiable once in scores.
 
     name: a loss of fastrank.losses.LOSSES, which is what a user calls. scores, labels: (documents,); labels of any real
     dtype, higher is better. list_offsets: int32 or int64 (lists + 1,). options: all options of the loss, as Loss.fill
-    returns them. check: which labels the loss allows, a key of LABELS; scores must then be finite, too; "" looks at no
-    value. Returns the sums (lists,) in the scores' dtype and the counts int64 (lists,). Raises ValueError with the
-    offending shapes or values. To torch.compile it is one operator, torch.ops.fastrank.listwise, whose third output is
-    the gradients of the sums.
+    returns them. reduction: a name of REDUCTIONS. check: which labels the loss allows, a key of LABELS; scores must then
+    be finite, too; "" looks at no value. Returns the sums (lists,), or one number where they are reduced, in the scores'
+    dtype, and the counts int64 (lists,). Raises ValueError with the offending shapes or values. To torch.compile it is
+    one operator, torch.ops.fastrank.listwise, whose third output is the gradients of the sums.
     """
     _require(
         scores.dim() == 1 and labels.shape == scores.shape,
@@ -169,8 +171,12 @@ def listwise(
         raise ValueError(f"labels must be real numbers, not {labels.dtype}.")
     if labels.device != scores.device:
         raise ValueError(f"labels must be on {scores.device}, where the scores are, not on {labels.device}.")
-    every = UNUSED_OPTIONS | options
-    return _FusedLoss.apply(scores, labels, list_offsets, name, backend, check, *every.values())
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction={reduction!r}: choose one of {', '.join(REDUCTIONS)}.")
+    return _FusedLoss.apply(scores, labels, list_offsets, reduction, (name, backend, check), UNUSED_OPTIONS | options)
+
+
+REDUCTIONS = ("mean", "list_mean", "none", "sum")  # as Loss.__call__ describes them
 
 
 # The operator takes the options of all losses; these stand for the ones that a loss does not have.
@@ -200,8 +206,13 @@ def _run_listwise(
         _check_values(scores, labels, list_offsets, check)
     kernels = choose("listwise", backend, scores)
     _check_loss(name, kernels.LOSSES)
-    known = choose("listwise", "reference", scores).OPTIONS[name]
-    return kernels.listwise(name, scores, labels, list_offsets.int(), {option: options[option] for option in known})
+    used = {option: options[option] for option in _option_names(name)}
+    return kernels.listwise(name, scores, labels, list_offsets.int(), used)
+
+
+@functools.cache
+def _option_names(name: str) -> tuple[str, ...]:
+    return choose("listwise", "reference", torch.empty(0)).OPTIONS[name]
 
 
 @torch.library.register_fake("fastrank::listwise")
@@ -211,25 +222,46 @@ def _fake_listwise(scores, labels, list_offsets, name, backend, check, **options
 
 
 class _FusedLoss(torch.autograd.Function):
-    """The kernel writes the gradients of the sums in the forward pass; the backward pass only scales them."""
+    """The kernel writes the gradients of the sums in the forward pass, where they are reduced as the sums are; the
+    backward pass only scales them."""
 
     @staticmethod
-    def forward(ctx, scores: Tensor, labels: Tensor, list_offsets: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
-        names, options = arguments[:3], dict(zip(UNUSED_OPTIONS, arguments[3:], strict=True))
-        sums, terms, gradients = torch.ops.fastrank.listwise(scores.detach(), labels, list_offsets, *names, **options)
+    def forward(
+        ctx,
+        scores: Tensor,
+        labels: Tensor,
+        list_offsets: Tensor,
+        reduction: str,
+        settings: tuple[str, str, str],
+        options: dict[str, object],
+    ) -> tuple[Tensor, Tensor]:
+        value, terms, gradients = torch.ops.fastrank.listwise(
+            scores.detach(), labels, list_offsets, *settings, **options
+        )
+        if reduction == "mean":
+            num_terms = terms.sum().clamp_(min=1)
+            value, gradients = value.sum() / num_terms, gradients.div_(num_terms)
+        elif reduction == "list_mean":
+            shares = 1 / (terms.clamp(min=1) * terms.count_nonzero().clamp_(min=1)).to(value.dtype)
+            value, gradients = (value * shares).sum(), gradients.mul_(_each_document(shares, list_offsets, gradients))
+        elif reduction == "sum":
+            value = value.sum()
+        ctx.reduction = reduction
         ctx.save_for_backward(gradients, list_offsets)
         ctx.mark_non_differentiable(terms)
-        return sums, terms
+        return value, terms
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream: Tensor, _terms: Tensor | None):
         gradients, list_offsets = ctx.saved_tensors
-        if upstream.stride() == (0,) and len(upstream):  # one number for all lists, as sum() hands it down
-            each = upstream[:1]
-        else:
-            each = upstream.repeat_interleave(list_offsets.diff(), output_size=len(gradients))
-        return gradients * each, *[None] * (5 + len(UNUSED_OPTIONS))
+        if ctx.reduction == "none":
+            upstream = _each_document(upstream, list_offsets, gradients)
+        return gradients * upstream, None, None, None, None, None
+
+
+def _each_document(per_list: Tensor, list_offsets: Tensor, documents: Tensor) -> Tensor:
+    return per_list.repeat_interleave(list_offsets.diff(), output_size=len(documents))
 
 
 # What a loss may demand of labels: a sentence for the others, and which these are.
