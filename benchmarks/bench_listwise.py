@@ -1,8 +1,8 @@
 """Listwise losses, forward and backward: time and peak memory of every loss on lists of one length, against the code
 of Lightning-IR and sentence-transformers and torch.compile.
 
-The work is scores in, loss and gradient of the scores out; a round repeats it for at least 20 ms. Every contender's loss and gradient are first compared with
-the reference in float64 (lists of 10,000: with fastrank's own).
+The work is scores in, loss and gradient of the scores out; a round repeats it for at least 20 ms. Every contender's
+loss and gradient are first compared with the reference in float64 (lists of 10,000: with fastrank's own).
 """
 
 from __future__ import annotations

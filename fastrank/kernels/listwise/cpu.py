@@ -6,6 +6,7 @@ number of threads.
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,18 +38,18 @@ def listwise(
     name: str, scores: Tensor, labels: Tensor, list_offsets: Tensor, options: Mapping[str, object]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sums (lists,), terms (lists,) and the gradients of the sums (documents,)."""
-    num_lists = len(list_offsets) - 1
-    sums = torch.empty(num_lists, dtype=torch.float32)
-    terms = torch.empty(num_lists, dtype=torch.int64)
-    gradients = torch.empty(len(scores), dtype=torch.float32)
+    num_lists = list_offsets.shape[0] - 1
+    sums = np.empty(num_lists, np.float32)  # NumPy's: a small tensor and its view in NumPy take longer to make
+    terms = np.empty(num_lists, np.int64)
+    gradients = np.empty(scores.shape[0], np.float32)
     getattr(_cpu, name)(
         scores.detach().contiguous().numpy(),
         labels.detach().to(torch.float64).contiguous().numpy(),
         list_offsets.contiguous().numpy(),
-        sums.numpy(),
-        terms.numpy(),
-        gradients.numpy(),
+        sums,
+        terms,
+        gradients,
         torch.get_num_threads(),
         **options,
     )
-    return sums, terms, gradients
+    return torch.from_numpy(sums), torch.from_numpy(terms), torch.from_numpy(gradients)
