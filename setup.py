@@ -16,7 +16,11 @@ INSTRUCTION_SETS = [("plain", 16, [])]
 if X86:
     INSTRUCTION_SETS += [
         ("avx2", 8, ["-mavx2", "-mfma"]),
-        ("avx512", 16, ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]),
+        (
+            "avx512",
+            16,
+            [f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni")] + ["-mfma", "-mprefer-vector-width=512"],
+        ),
     ]
 KERNELS = sorted(str(path) for path in Path("csrc").glob("*.cpp") if path.name != "bindings.cpp")
 HEADERS = sorted(str(path) for path in Path("csrc").glob("*.hpp"))

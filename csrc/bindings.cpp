@@ -10,6 +10,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -28,7 +29,7 @@ std::vector<const fastrank::Kernels*> supported() {  // the fastest first
 #ifdef FASTRANK_X86
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
     tables.push_back(&fastrank::avx512::kernels);
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) tables.push_back(&fastrank::avx2::kernels);
 #endif
@@ -87,6 +88,21 @@ Value choice(const char* option, const std::string& name, std::initializer_list<
     names += (names.empty() ? "" : ", ") + std::string(other);
   }
   throw std::invalid_argument(std::string(option) + " must be one of " + names + ", not " + name);
+}
+
+// The weights of a product as fastrank.kernels.linear.cpu packs them: panels, scales, sums, bias, columns, depth.
+using PackedWeights = std::tuple<py::array, MaybeFloats, std::optional<Array<int32_t>>, Array<float>, int64_t, int64_t>;
+
+fastrank::LinearWeights linear_weights(const PackedWeights& packed, const fastrank::Kernels& table) {
+  const auto& [panels, scales, sums, bias, columns, depth] = packed;
+  const auto layout = table.linear_layout(scales.has_value());
+  const auto fill = [](int64_t n, int64_t step) { return (n + step - 1) / step * step; };
+  const int64_t filled = fill(columns, layout.panel_columns);
+  if (!(panels.flags() & py::array::c_style) || panels.itemsize() != layout.bytes ||
+      panels.size() != filled * fill(depth, layout.group) || bias.size() != filled || (scales && scales->size() != filled) ||
+      sums.has_value() != scales.has_value() || (sums && sums->size() != filled))
+    throw std::invalid_argument("weights that are not packed for the instruction set " + std::string(table.isa));
+  return {panels.data(), read(scales), sums ? sums->data() : nullptr, bias.data(), columns, depth};
 }
 
 void define_listwise(py::module_& m, const char* name, fastrank::ListwiseKernel* fastrank::Kernels::*member) {
@@ -231,6 +247,46 @@ PYBIND11_MODULE(_cpu, m) {
       py::arg("x").noconvert(), py::arg("residual").noconvert(), py::arg("weight").noconvert(), py::arg("means").noconvert(),
       py::arg("inverse_deviations").noconvert(), py::arg("dx").noconvert(), py::arg("dweight").noconvert(),
       py::arg("dbias").noconvert(), py::arg("num_threads"));
+
+  m.def(
+      "linear_layout",
+      [](bool int8) {
+        const auto layout = kernels().linear_layout(int8);
+        return std::make_tuple(layout.panel_columns, layout.group, layout.bytes);
+      },
+      "How weights are packed: columns of a panel, neighbours along the depth in a group, bytes of a weight.", py::arg("int8"));
+  m.def(
+      "linear_forward",
+      [](const Array<float>& x, const PackedWeights& first, const std::string& activation,
+         const std::optional<PackedWeights>& second, const MaybeFloats& residual, const MaybeFloats& norm_weight,
+         const MaybeFloats& norm_bias, float eps, Array<float> out, int num_threads) {
+        using fastrank::Activation;
+        const fastrank::Kernels& table = kernels();
+        const fastrank::LinearWeights first_weights = linear_weights(first, table);
+        fastrank::LinearWeights second_weights{};
+        if (second) second_weights = linear_weights(*second, table);
+        const fastrank::LinearForward arguments{x.data(),
+                                                x.shape(0),
+                                                first_weights,
+                                                choice<Activation>("activation", activation,
+                                                                   {{"none", Activation::NONE},
+                                                                    {"gelu", Activation::GELU},
+                                                                    {"gelu_tanh", Activation::GELU_TANH},
+                                                                    {"relu", Activation::RELU}}),
+                                                second ? &second_weights : nullptr,
+                                                read(residual),
+                                                read(norm_weight),
+                                                read(norm_bias),
+                                                eps,
+                                                out.mutable_data(),
+                                                num_threads};
+        py::gil_scoped_release released;
+        table.linear_forward(arguments);
+      },
+      "Writes out = LayerNorm(activation(x first) second + residual), of which only the first product must be there.",
+      py::arg("x").noconvert(), py::arg("first"), py::arg("activation"), py::arg("second"), py::arg("residual").noconvert(),
+      py::arg("norm_weight").noconvert(), py::arg("norm_bias").noconvert(), py::arg("eps"), py::arg("out").noconvert(),
+      py::arg("num_threads"));
 
   define_listwise(m, "ranknet", &fastrank::Kernels::ranknet);
   define_listwise(m, "weighted_ranknet", &fastrank::Kernels::weighted_ranknet);

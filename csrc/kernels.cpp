@@ -13,6 +13,8 @@ extern const Kernels kernels = {
     gelu_backward,
     layer_norm_forward,
     layer_norm_backward,
+    linear_layout,
+    linear_forward,
     ranknet,
     weighted_ranknet,
     teacher_order,

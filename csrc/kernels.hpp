@@ -5,6 +5,7 @@
 #include "attention.hpp"
 #include "gelu.hpp"
 #include "layer_norm.hpp"
+#include "linear.hpp"
 #include "listwise.hpp"
 
 namespace fastrank {
@@ -17,6 +18,8 @@ struct Kernels {
   void (*gelu_backward)(const GeluBackward&);
   void (*layer_norm_forward)(const LayerNormForward&);
   void (*layer_norm_backward)(const LayerNormBackward&);
+  LinearLayout (*linear_layout)(bool int8);
+  void (*linear_forward)(const LinearForward&);
   ListwiseKernel *ranknet, *weighted_ranknet, *teacher_order, *lambda_loss, *margin_mse, *hinge, *lce, *contrastive_imitation,
       *listnet, *kl, *listmle, *p_listmle, *adr_mse, *approx_ndcg, *approx_mrr, *bce, *mse, *pearson;
 };

@@ -4,9 +4,9 @@
 #include "layer_norm.hpp"
 
 #include <algorithm>
-#include <cmath>
 #include <vector>
 
+#include "layer_norm_row.hpp"
 #include "simd.hpp"
 #include "threads.hpp"
 
@@ -17,57 +17,15 @@ constexpr int64_t CHUNK_ROWS = 16;       // at least; what one task works on
 constexpr int64_t MOST_CHUNKS = 256;     // of a backward, so that the partial sums stay small
 constexpr int64_t SERIAL_FLOATS = 1 << 15;  // fewer than this stay on the calling thread
 
-inline vfloat load_some(const float* p, int64_t count, float fill = 0.f) {
-  return count >= LANES ? load(p) : load_partial(p, count, fill);
-}
-inline void store_some(float* p, vfloat x, int64_t count) {
-  if (count >= LANES)
-    store(p, x);
-  else
-    store_partial(p, x, count);
-}
-
-// Calls body(offset, floats from there on, which of four sums) for every vector of a row: four sums keep the adders busy.
-template <class Body>
-inline __attribute__((always_inline)) void for_row(int64_t hidden, const Body& body) {
-  int64_t i = 0;
-  for (; i + 4 * LANES <= hidden; i += 4 * LANES)
-    for (int lane = 0; lane < 4; ++lane) body(i + lane * LANES, int64_t(LANES), lane);
-  for (; i < hidden; i += LANES) body(i, hidden - i, 0);
-}
-
-inline float total(const vfloat (&sums)[4]) { return sum((sums[0] + sums[1]) + (sums[2] + sums[3])); }
-
 template <bool RESIDUAL>
 void forward_row(const LayerNormForward& arguments, int64_t row) {
-  const int64_t hidden = arguments.hidden, begin = row * hidden;
-  const float *const x = arguments.x + begin, *const residual = arguments.residual + (RESIDUAL ? begin : 0);
-  const float *const weight = arguments.weight, *const bias = arguments.bias;
-  float* const out = arguments.out + begin;
-
-  vfloat sums[4] = {};
-  for_row(hidden, [=, &sums](int64_t i, int64_t count, int lane) __attribute__((always_inline)) {
-    vfloat value = load_some(x + i, count);
-    if constexpr (RESIDUAL) value += load_some(residual + i, count);
-    store_some(out + i, value, count);
-    sums[lane] += value;
-  });
-  const float mean = total(sums) / hidden;
-
-  vfloat squares[4] = {};
-  for_row(hidden, [=, &squares](int64_t i, int64_t count, int lane) __attribute__((always_inline)) {
-    const vfloat centred = load_some(out + i, count, mean) - mean;
-    squares[lane] += centred * centred;
-  });
-  const float inverse_deviation = 1.f / std::sqrt(total(squares) / hidden + arguments.eps);
-
-  for_row(hidden, [=](int64_t i, int64_t count, int) __attribute__((always_inline)) {
-    const vfloat normal = (load_some(out + i, count) - mean) * inverse_deviation;
-    store_some(out + i, normal * load_some(weight + i, count) + load_some(bias + i, count), count);
-  });
+  const int64_t begin = row * arguments.hidden;
+  const RowStatistics statistics =
+      layer_norm_row<RESIDUAL>(arguments.hidden, arguments.x + begin, arguments.residual + (RESIDUAL ? begin : 0),
+                               arguments.weight, arguments.bias, arguments.eps, arguments.out + begin);
   if (arguments.means != nullptr) {
-    arguments.means[row] = mean;
-    arguments.inverse_deviations[row] = inverse_deviation;
+    arguments.means[row] = statistics.mean;
+    arguments.inverse_deviations[row] = statistics.inverse_deviation;
   }
 }
 

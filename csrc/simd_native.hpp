@@ -11,6 +11,9 @@ inline vfloat splat(float x) { return x - vfloat{}; }  // x - 0 is x, even for -
 inline vfloat load(const float* p) { return *reinterpret_cast<const vfloat_unaligned*>(p); }
 inline void store(float* p, vfloat x) { *reinterpret_cast<vfloat_unaligned*>(p) = x; }
 
+typedef int32_t vint_unaligned __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+inline vint load_ints(const void* p) { return *reinterpret_cast<const vint_unaligned*>(p); }
+
 inline vint as_int(vfloat x) { vint r; std::memcpy(&r, &x, sizeof r); return r; }
 inline vfloat as_float(vint x) { vfloat r; std::memcpy(&r, &x, sizeof r); return r; }
 inline vfloat to_float(vint x) { return __builtin_convertvector(x, vfloat); }
@@ -18,6 +21,23 @@ inline vfloat to_float(vint x) { return __builtin_convertvector(x, vfloat); }
 inline vfloat select(vint mask, vfloat yes, vfloat no) { return mask ? yes : no; }
 inline vfloat max(vfloat a, vfloat b) { return a > b ? a : b; }  // b where either is NaN
 inline vfloat min(vfloat a, vfloat b) { return a < b ? a : b; }
+inline vint min(vint a, vint b) { return a < b ? a : b; }
+// x itself, rounded to float32: no compiler may fuse the product that made it into a following sum.
+inline vfloat rounded(vfloat x) {
+#if defined(__x86_64__)
+  asm("" : "+x"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+  return x;
+}
+// Lane i becomes element i of `out`, cut to its type.
+template <class T>
+inline void store_as(T* out, vint x) {
+  typedef T narrow __attribute__((vector_size(LANES * sizeof(T))));
+  const narrow cut = __builtin_convertvector(x, narrow);
+  std::memcpy(out, &cut, sizeof cut);
+}
 
 #if defined(__clang__)
 #define FASTRANK_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)

@@ -67,6 +67,12 @@ inline void store(float* p, vfloat x) {
   std::memcpy(p, &x.a, 16), std::memcpy(p + 4, &x.b, 16), std::memcpy(p + 8, &x.c, 16), std::memcpy(p + 12, &x.d, 16);
 }
 
+inline vint load_ints(const void* p) {
+  vint x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+
 inline vint as_int(vfloat x) { return {vint::part(x.a), vint::part(x.b), vint::part(x.c), vint::part(x.d)}; }
 inline vfloat as_float(vint x) { return {vfloat::part(x.a), vfloat::part(x.b), vfloat::part(x.c), vfloat::part(x.d)}; }
 inline vfloat to_float(vint x) {
@@ -80,6 +86,21 @@ inline vfloat::part max(vfloat::part x, vfloat::part y) { return x > y ? x : y; 
 inline vfloat max(vfloat x, vfloat y) { return {max(x.a, y.a), max(x.b, y.b), max(x.c, y.c), max(x.d, y.d)}; }  // y for NaN
 inline vfloat min(vfloat x, vfloat y) {
   return {x.a < y.a ? x.a : y.a, x.b < y.b ? x.b : y.b, x.c < y.c ? x.c : y.c, x.d < y.d ? x.d : y.d};
+}
+
+inline vint min(vint x, vint y) { return (x & (x < y)) | (y & ~(x < y)); }
+// As in simd_native.hpp.
+inline vfloat rounded(vfloat x) {
+#if defined(__x86_64__)
+  asm("" : "+x"(x.a), "+x"(x.b), "+x"(x.c), "+x"(x.d));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x.a), "+w"(x.b), "+w"(x.c), "+w"(x.d));
+#endif
+  return x;
+}
+template <class T>
+inline void store_as(T* out, vint x) {
+  for (int i = 0; i < LANES; ++i) out[i] = T(x[i]);
 }
 
 // Folds the lanes in halves, lane i with lane i + half: sums are pairwise, so that their error grows with log2(LANES).

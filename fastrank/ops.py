@@ -13,6 +13,21 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastrank.backend import choose
+from fastrank.kernels.linear.weights import LinearWeights
+from fastrank.kernels.linear.weights import freeze as freeze_linear
+
+__all__ = [
+    "LinearWeights",
+    "attention",
+    "bias_gelu",
+    "freeze_linear",
+    "fused_attention",
+    "layer_norm",
+    "linear",
+    "listwise",
+    "listwise_terms",
+    "padded_attention",
+]
 
 
 def attention(
@@ -138,6 +153,61 @@ def layer_norm(
     return choose("layer_norm", backend, x).layer_norm(x, residual, weight, bias, float(eps))
 
 
+def linear(
+    x: Tensor,
+    first: LinearWeights,
+    *,
+    activation: str = "none",
+    second: LinearWeights | None = None,
+    residual: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 0.0,
+    backend: str = "auto",
+) -> Tensor:
+    """activation(x W^T + b), then, where they are given, a second product and LayerNorm(that + residual): what stands
+    between two attentions, for inference.
+
+    x: (rows, depth). first, second: weights from freeze_linear; second's depth is first's columns. activation: "none",
+    "gelu" (erf), "gelu_tanh" or "relu". residual: (rows, columns) of x's dtype; norm_weight, norm_bias: (columns,); all
+    three or none. eps: added to the variance. Returns (rows, columns). int8 weights: rows of x are quantised by
+    themselves and the product of integers is exact, so a row's result does not depend on other rows. Raises ValueError
+    with the offending shapes, and where a gradient is asked for.
+    """
+    named = {"x": x, "first": first.weight} | ({} if second is None else {"second": second.weight})
+    last = first if second is None else second
+    _require(
+        x.dim() == 2 and first.shape[1] == x.shape[1] and (second is None or second.shape[1] == first.shape[0]),
+        "linear takes x (rows, depth), first (columns, depth) and second (columns, first's columns)",
+        **named,
+    )
+    norm = [tensor for tensor in (residual, norm_weight, norm_bias) if tensor is not None]
+    if len(norm) not in (0, 3):
+        raise ValueError("residual, norm_weight and norm_bias belong together: give all three or none.")
+    if norm:
+        _require(
+            residual.shape == (x.shape[0], last.shape[0]) and norm_weight.shape == norm_bias.shape == last.shape[:1],
+            "linear takes residual (rows, columns), norm_weight and norm_bias (columns,)",
+            residual=residual,
+            norm_weight=norm_weight,
+            norm_bias=norm_bias,
+            **named,
+        )
+        _require_alike(x=x, residual=residual)
+    if second is not None and (first.scales is None) != (second.scales is None):
+        raise ValueError("first and second must be frozen in one precision.")
+    if activation not in LINEAR_ACTIVATIONS:
+        raise ValueError(f"activation={activation!r}: choose one of {', '.join(LINEAR_ACTIVATIONS)}.")
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *norm)):
+        raise ValueError("linear has no gradient: call it under torch.no_grad() or torch.inference_mode().")
+    return choose("linear", backend, x).linear(
+        x, first, activation, second, residual, norm_weight, norm_bias, float(eps)
+    )
+
+
+LINEAR_ACTIVATIONS = ("none", "gelu", "gelu_tanh", "relu")
+
+
 def listwise(
     name: str,
     scores: Tensor,
@@ -153,9 +223,9 @@ def listwise(
 
     name: a loss of fastrank.losses.LOSSES, which is what a user calls. scores, labels: (documents,); labels of any real
     dtype, higher is better. list_offsets: int32 or int64 (lists + 1,). options: all options of the loss, as Loss.fill
-    returns them. reduction: a name of REDUCTIONS. check: which labels the loss allows, a key of LABELS; scores must then
-    be finite, too; "" looks at no value. Returns the sums (lists,), or one number where they are reduced, in the scores'
-    dtype, and the counts int64 (lists,). Raises ValueError with the offending shapes or values. To torch.compile it is
+    returns them. reduction: a name of REDUCTIONS. check: which labels the loss allows, a key of LABELS; scores must
+    then be finite, too; "" looks at no value. Returns the sums (lists,), or one number where they are reduced, in the
+    scores' dtype, and the counts int64 (lists,). Raises ValueError with the offending shapes or values. To torch.compile it is
     one operator, torch.ops.fastrank.listwise, whose third output is the gradients of the sums.
     """
     _require(

@@ -47,7 +47,7 @@ DTYPES = {
     "fp8": "fp8",
     torch.float8_e4m3fn: "fp8",
 }
-AVAILABLE_DTYPES = ("float32", "bf16")
+AVAILABLE_DTYPES = ("float32", "bf16", "int8")
 
 
 class Reranker:
@@ -56,8 +56,9 @@ class Reranker:
     Arguments:
         model: a local folder, a name on the Hugging Face hub, or "demo" for the checkpoint that the demo trained.
         device: "cpu", "cuda", "cuda:1" ...; default: a GPU where torch finds one.
-        dtype: "float32" or "bf16" (of the matrix products; everything else is float32); "auto" is float32 on a CPU and
-            bf16 on a GPU.
+        dtype: "float32", "bf16" or "int8" (of the matrix products; everything else is float32); "auto" is float32 on a
+            CPU and bf16 on a GPU. int8 runs on a CPU: weights with one scale a column are quantised here, activations
+            token by token as they come, without calibration.
         max_length: tokens of a pair, special tokens included; default: what tokenizer and model allow.
         max_query_tokens, max_document_tokens: cut each side first; default: no such cut.
         max_batch_tokens: tokens of one forward pass; more need more memory.
@@ -106,8 +107,13 @@ class Reranker:
             },
             hub={"revision": revision, "token": token, "local_files_only": local_files_only},
         )
+        loaded.requires_grad_(False).to(place)
+        if place.type == "cpu" and precision in ("float32", "int8"):
+            loaded.freeze(precision)
+        else:
+            loaded.to_precision(precision)
         self._set_up(
-            loaded.requires_grad_(False).to(place).to_precision(precision),
+            loaded,
             tokenizer,
             max_batch_tokens=max_batch_tokens,
             num_threads=num_threads,
@@ -486,6 +492,8 @@ def _find_dtype(dtype: str | torch.dtype, device: torch.device) -> str:
         raise ValueError(f"dtype {dtype!r} is unknown; available are auto, {', '.join(AVAILABLE_DTYPES)}.")
     if name not in AVAILABLE_DTYPES:
         raise ValueError(f"dtype {name} is not available yet; available are auto, {', '.join(AVAILABLE_DTYPES)}.")
+    if name == "int8" and device.type != "cpu":
+        raise ValueError(f"dtype int8 runs on a CPU, not on {device}; choose auto, float32 or bf16 there.")
     return name
 
 

@@ -13,7 +13,7 @@ from fastrank.model.bert import BERT
 from fastrank.model.electra import ELECTRA
 from fastrank.model.encoder import Encoder
 from fastrank.model.family import Family
-from fastrank.model.linear import set_precision
+from fastrank.model.linear import freeze, set_precision
 from fastrank.model.roberta import ROBERTA, XLM_ROBERTA
 from fastrank.model.settings import read_settings
 
@@ -70,6 +70,12 @@ class CrossEncoder(nn.Module):
     def to_precision(self, precision: str | torch.dtype) -> "CrossEncoder":
         """Run the encoder's matrix products in "float32" or "bf16"; weights, kernels and head stay in float32."""
         set_precision(self.encoder, precision)
+        return self
+
+    def freeze(self, precision: str) -> "CrossEncoder":
+        """Fuse the encoder's matrix products with what follows them and run them in "float32" or "int8", with the
+        weights as they are now: for inference on a CPU. to_precision() undoes it."""
+        freeze(self.encoder, precision)
         return self
 
     def forward(self, batch: "PackedBatch") -> Tensor:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from fastrank import ops
 from fastrank.model.linear import Linear
-from fastrank.model.settings import ACTIVATIONS, Settings
+from fastrank.model.settings import Settings
 
 if TYPE_CHECKING:
     from fastrank.packing import PackedBatch
@@ -64,7 +64,7 @@ class Layer(nn.Module):
         self.is_last = is_last
         self.heads = (settings.num_heads, size // settings.num_heads)
         self.dropout = settings.dropout
-        self.activation = ACTIVATIONS[settings.activation]
+        self.activation = settings.activation
         if is_last:
             self.query = Linear(size, size)
             self.key_value = Linear(size, 2 * size)
@@ -83,8 +83,23 @@ class Layer(nn.Module):
         else:
             qkv = self.qkv(x).unflatten(1, (3, *self.heads))
             attended = ops.fused_attention(qkv, offsets)
-        x = self.attention_norm(self._drop(self.attention_output(attended.flatten(1))), x)
-        return self.norm(self._drop(self.down(self.activation(self.up.multiply(x), self.up.bias))), x)
+        attended = attended.flatten(1)
+        if self.up.frozen is not None:
+            x = self._then_norm(attended, self.attention_output, x, self.attention_norm)
+            return self._then_norm(x, self.up, x, self.norm, activation=self.activation, second=self.down.frozen)
+        x = self.attention_norm(self._drop(self.attention_output(attended)), x)
+        return self.norm(self._drop(self.down(self._activate(self.up.multiply(x), self.up.bias))), x)
+
+    @staticmethod
+    def _then_norm(x: Tensor, first: Linear, residual: Tensor, norm: Norm, **more: object) -> Tensor:
+        return ops.linear(
+            x, first.frozen, residual=residual, norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps, **more
+        )
+
+    def _activate(self, x: Tensor, bias: Tensor) -> Tensor:
+        if self.activation == "relu":
+            return torch.relu(x + bias)
+        return ops.bias_gelu(x, bias, tanh_form=self.activation == "gelu_tanh")
 
     def _attend_from_first_tokens(self, x: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
         k, v = self.key_value(x).unflatten(1, (2, *self.heads)).unbind(1)

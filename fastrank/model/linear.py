@@ -1,11 +1,13 @@
 """Every matrix product of the encoder goes through this one layer: float32 in, float32 out, weights kept in float32.
 
-The product itself runs in `precision`. A faster product for some machine (prepacked weights, int8) belongs here.
+The product runs in `precision` by torch, or, once the weights are frozen for inference, by fastrank.ops.linear.
 """
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from fastrank import ops
 
 PRECISIONS = {
     "float32": torch.float32,
@@ -19,6 +21,7 @@ class Linear(nn.Linear):
     """y = x W^T + b, computed in `precision`."""
 
     precision: torch.dtype = torch.float32
+    frozen: ops.LinearWeights | None = None
     _cast: tuple[tuple, Tensor, Tensor] | None = None
 
     def reset_parameters(self) -> None:
@@ -26,6 +29,8 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (rows, in_features) float32; returns (rows, out_features) float32."""
+        if self.frozen is not None:
+            return ops.linear(x, self.frozen)
         if self.precision == torch.float32:
             return F.linear(x, self.weight, self.bias)
         weight, bias = self._cast_weights()
@@ -59,4 +64,11 @@ def set_precision(model: nn.Module, precision: str | torch.dtype) -> None:
     for module in model.modules():
         if isinstance(module, Linear):
             module.precision = dtype
-            module._cast = None
+            module._cast = module.frozen = None
+
+
+def freeze(model: nn.Module, precision: str) -> None:
+    """Freeze the weights of every Linear inside the model as they are now, as "float32" or "int8": for inference."""
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.frozen = ops.freeze_linear(module.weight, module.bias, precision)

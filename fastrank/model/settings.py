@@ -5,22 +5,16 @@ Keys and default values are those of the transformers library, so that a key tha
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-import torch
-
-from fastrank import ops
-
-# activation(x, bias) of a matrix product's output and bias. erf and tanh GELU differ by up to 5e-4, which moves scores:
-# the form is the checkpoint's, never ours to choose.
-TANH_GELU = partial(ops.bias_gelu, tanh_form=True)
+# A config's hidden_act -> the activation of fastrank.ops. erf and tanh GELU differ by up to 5e-4, which moves scores: the
+# form is the checkpoint's, never ours to choose.
 ACTIVATIONS = {
-    "gelu": ops.bias_gelu,
-    "gelu_new": TANH_GELU,
-    "gelu_pytorch_tanh": TANH_GELU,
-    "gelu_fast": TANH_GELU,
-    "relu": lambda x, bias: torch.relu(x + bias),
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "relu": "relu",
 }
 
 DEFAULTS = {
@@ -114,7 +108,7 @@ def read_settings(
         num_layers=values["num_hidden_layers"],
         num_heads=values["num_attention_heads"],
         intermediate_size=values["intermediate_size"],
-        activation=values["hidden_act"],
+        activation=ACTIVATIONS[values["hidden_act"]],
         layer_norm_eps=values["layer_norm_eps"],
         num_positions=values["max_position_embeddings"],
         first_position=values["pad_token_id"] + 1 if positions_after_padding else 0,

@@ -1,0 +1,59 @@
+// GELU of a vector and its slope, for gelu.cpp and for linear.cpp, where it follows a product.
+#pragma once
+
+#include "simd.hpp"
+
+namespace fastrank::FASTRANK_ISA {
+
+struct ValueAndSlope {
+  vfloat value, slope;
+};
+
+// x * Phi(x), Phi the normal distribution function: its lower tail is exp(-x^2/2) * erfcx(|x| / sqrt 2) / 2, which keeps full
+// relative accuracy far below zero where 1 + erf(x) has none. (1 + 2t) erfcx(t) is a Chebyshev fit of degree 9 in
+// (t - 2) / (t + 2) on [0, 10], relative error 2e-8.
+inline ValueAndSlope gelu_erf(vfloat x) {
+  const vfloat t = abs(x) * 0.70710678118654752f;
+  const vfloat q = (t - 2.f) / (t + 2.f);
+  vfloat p = splat(-0.00041006560786627233f);
+  p = p * q - 0.0012424589367583394f;
+  p = p * q + 0.0013205977156758308f;
+  p = p * q + 0.008643677458167076f;
+  p = p * q - 0.008061454631388187f;
+  p = p * q - 0.05420796945691109f;
+  p = p * q + 0.1640554815530777f;
+  p = p * q - 0.16603106260299683f;
+  p = p * q - 0.0927639901638031f;
+  p = p * q + 1.2769783735275269f;
+  const vfloat bell = exp(x * x * -0.5f);
+  const vfloat tail = 0.5f * bell * p / (1.f + 2.f * t);
+  const vfloat phi = select(x < splat(0.f), tail, 1.f - tail);
+  // Past |x| = 14 the tail is 0 in float32; the fit must not be asked there, and x may be infinite.
+  const vint far = abs(x) > splat(14.f);
+  const vfloat step = select(x > splat(0.f), splat(1.f), splat(0.f));
+  const vfloat zero = splat(0.f);
+  const vfloat value = select(far, max(x, zero), x * phi);
+  const vfloat slope = select(far, step, phi + x * bell * 0.39894228040143267794f);
+  return {select(x == x, value, x), select(x == x, slope, x)};
+}
+
+// x * sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3): the same as x (1 + tanh u) / 2.
+inline ValueAndSlope gelu_tanh(vfloat x) {
+  constexpr float SCALE = 1.5957691216057308f;  // 2 sqrt(2/pi)
+  // Past |x| = 10 the sigmoid is 0 or 1 in float32; clamping keeps x^3 finite.
+  const vfloat near = min(max(x, splat(-10.f)), splat(10.f));
+  const vfloat square = near * near;
+  const vfloat e = exp(-SCALE * near * (1.f + 0.044715f * square));
+  const vfloat sigmoid = 1.f / (1.f + e);
+  const vfloat complement = e * sigmoid;  // 1 - sigmoid would cancel
+  const vfloat value = select(x < splat(-10.f), splat(0.f), x * sigmoid);
+  const vfloat slope = sigmoid + near * sigmoid * complement * (SCALE * (1.f + 3.f * 0.044715f * square));
+  return {select(x == x, value, x), select(x == x, slope, x)};
+}
+
+template <bool TANH>
+inline ValueAndSlope gelu(vfloat x) {
+  return TANH ? gelu_tanh(x) : gelu_erf(x);
+}
+
+}  // namespace fastrank::FASTRANK_ISA
