@@ -91,18 +91,18 @@ Value choice(const char* option, const std::string& name, std::initializer_list<
 }
 
 // The weights of a product as fastrank.kernels.linear.cpu packs them: panels, scales, sums, bias, columns, depth.
-using PackedWeights = std::tuple<py::array, MaybeFloats, std::optional<Array<int32_t>>, Array<float>, int64_t, int64_t>;
+using PackedWeights = std::tuple<py::array, MaybeFloats, MaybeFloats, Array<float>, int64_t, int64_t>;
 
 fastrank::LinearWeights linear_weights(const PackedWeights& packed, const fastrank::Kernels& table) {
   const auto& [panels, scales, sums, bias, columns, depth] = packed;
   const auto layout = table.linear_layout(scales.has_value());
-  const auto fill = [](int64_t n, int64_t step) { return (n + step - 1) / step * step; };
-  const int64_t filled = fill(columns, layout.panel_columns);
-  if (!(panels.flags() & py::array::c_style) || panels.itemsize() != layout.bytes ||
-      panels.size() != filled * fill(depth, layout.group) || bias.size() != filled || (scales && scales->size() != filled) ||
-      sums.has_value() != scales.has_value() || (sums && sums->size() != filled))
+  const auto count = [](int64_t n, int64_t step) { return (n + step - 1) / step; };
+  const int64_t filled = count(columns, layout.panel_columns) * layout.panel_columns, blocks = count(depth, layout.block);
+  if (!(panels.flags() & py::array::c_style) || panels.itemsize() != (scales ? 1 : int64_t(sizeof(float))) ||
+      panels.size() != filled * blocks * layout.block || bias.size() != filled || sums.has_value() != scales.has_value() ||
+      (scales && (scales->size() != filled * blocks || sums->size() != filled * blocks)))
     throw std::invalid_argument("weights that are not packed for the instruction set " + std::string(table.isa));
-  return {panels.data(), read(scales), sums ? sums->data() : nullptr, bias.data(), columns, depth};
+  return {panels.data(), read(scales), read(sums), bias.data(), columns, depth};
 }
 
 void define_listwise(py::module_& m, const char* name, fastrank::ListwiseKernel* fastrank::Kernels::*member) {
@@ -252,9 +252,9 @@ PYBIND11_MODULE(_cpu, m) {
       "linear_layout",
       [](bool int8) {
         const auto layout = kernels().linear_layout(int8);
-        return std::make_tuple(layout.panel_columns, layout.group, layout.bytes);
+        return std::make_tuple(layout.panel_columns, layout.group, layout.block);
       },
-      "How weights are packed: columns of a panel, neighbours along the depth in a group, bytes of a weight.", py::arg("int8"));
+      "How weights are packed: columns of a panel, and neighbours along the depth in a group and in a block.", py::arg("int8"));
   m.def(
       "linear_forward",
       [](const Array<float>& x, const PackedWeights& first, const std::string& activation,

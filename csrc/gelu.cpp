@@ -16,6 +16,11 @@ namespace {
 constexpr int64_t ROWS_PER_TASK = 32;
 
 template <bool TANH>
+inline vfloat gelu_value(vfloat x) {
+  return TANH ? gelu_tanh(x).value : gelu_erf_value(x);
+}
+
+template <bool TANH>
 void forward(const GeluForward& a) {
   const int64_t tasks = (a.rows + ROWS_PER_TASK - 1) / ROWS_PER_TASK;
   parallel_for(tasks, a.num_threads, [&](int64_t task) {
@@ -24,9 +29,9 @@ void forward(const GeluForward& a) {
       const float* x = a.x + row * a.columns;
       float* out = a.out + row * a.columns;
       int64_t j = 0;
-      for (; j + LANES <= a.columns; j += LANES) store(out + j, gelu<TANH>(load(x + j) + load(a.bias + j)).value);
+      for (; j + LANES <= a.columns; j += LANES) store(out + j, gelu_value<TANH>(load(x + j) + load(a.bias + j)));
       if (const int64_t rest = a.columns - j)
-        store_partial(out + j, gelu<TANH>(load_partial(x + j, rest) + load_partial(a.bias + j, rest)).value, rest);
+        store_partial(out + j, gelu_value<TANH>(load_partial(x + j, rest) + load_partial(a.bias + j, rest)), rest);
     }
   });
 }

@@ -16,103 +16,136 @@ namespace {
 
 constexpr int64_t BLOCK_ROWS = 48;  // at most; a multiple of TALL
 constexpr int64_t PANEL = WIDTH * LANES;
+constexpr float LEAST_STEP = 1e-30f;  // values that lie closer together than 255 of these count as equal
 
 int64_t divide_up(int64_t n, int64_t step) { return (n + step - 1) / step; }
 
-// A product's left side and how its sums become floats. Float32: x as it is.
-struct FloatProduct {
-  using Sum = vfloat;
-  using Left = float;
-  using Right = float;
-  static constexpr int64_t GROUP = 1;
+// The rows of a tile and its panel of columns; rows past the last repeat it.
+template <class Left, class Right, int ROWS>
+struct Operands {
+  const Left* left[ROWS];
+  const Right* right;
 
+  Operands(const Left* values, int64_t stride, int64_t row, int64_t count, const LinearWeights& weights, int64_t column,
+           int64_t filled_depth)
+      : right(static_cast<const Right*>(weights.panels) + column * filled_depth) {
+    for (int r = 0; r < ROWS; ++r) left[r] = values + (row + std::min<int64_t>(r, count - 1)) * stride;
+  }
+};
+
+// A product's left side, and the sums of a tile. Float32: x as it is.
+struct FloatProduct {
   const float* values;
   int64_t stride;
 
-  FloatProduct(const float* x, int64_t, int64_t depth, Scratch&) : values(x), stride(depth) {}
-  static int64_t scratch_floats(int64_t, int64_t) { return 0; }
-  static FASTRANK_INLINE Sum add_products(Sum sum, const Left* left, const Right* right) { return sum + *left * load(right); }
-  FASTRANK_INLINE vfloat finish(Sum sum, int64_t, const LinearWeights&, int64_t) const { return sum; }
+  FloatProduct(const float* x, int64_t, const LinearWeights& weights, Scratch&) : values(x), stride(weights.depth) {}
+  static int64_t scratch_floats(int64_t, const LinearWeights&) { return 0; }
+
+  template <int ROWS>
+  FASTRANK_INLINE void add_products(vfloat (&sums)[ROWS][WIDTH], int64_t row, int64_t count, const LinearWeights& weights,
+                                    int64_t column) const {
+    Operands<float, float, ROWS> of(values, stride, row, count, weights, column, weights.depth);
+    for (int64_t k = 0; k < weights.depth; ++k, of.right += PANEL)
+      for (int r = 0; r < ROWS; ++r)
+        for (int v = 0; v < WIDTH; ++v) sums[r][v] += of.left[r][k] * load(of.right + v * LANES);
+  }
 };
 
-// Int8: each row of x is 256 levels between its least and its largest value, 0 among them. scale = (high - low) / 255, zero =
-// round(-low / scale), value = round(x / scale) + zero; the product of integers is exact.
+// Int8: each block of a row of x is 256 levels from its least value (low) to its largest, level = round((x - low) / scale). The
+// product of levels and weights is exact; what `low` adds is low times the sum of the block's weights.
 struct IntegerProduct {
-  using Sum = vint;
-  using Left = uint8_t;
-  using Right = int8_t;
   static constexpr int64_t GROUP = 4;
 
   uint8_t* values;
-  int64_t stride;
-  float* scales;
-  int32_t* zeros;
+  int64_t stride, blocks;
+  float *scales, *lows;  // (rows, blocks)
 
-  IntegerProduct(const float* x, int64_t rows, int64_t depth, Scratch& scratch) : stride(row_stride(depth)) {
+  IntegerProduct(const float* x, int64_t rows, const LinearWeights& weights, Scratch& scratch)
+      : stride(round_up(weights.depth, INT8_BLOCK)), blocks(stride / INT8_BLOCK) {
     values = reinterpret_cast<uint8_t*>(scratch.take(divide_up(rows * stride, sizeof(float))));
-    scales = scratch.take(rows);
-    zeros = reinterpret_cast<int32_t*>(scratch.take(rows));
-    for (int64_t row = 0; row < rows; ++row) quantise(x + row * depth, depth, row);
+    scales = scratch.take(rows * blocks);
+    lows = scratch.take(rows * blocks);
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t begin = block * INT8_BLOCK, count = weights.depth - begin;
+        const float* from = x + row * weights.depth + begin;
+        float filled[INT8_BLOCK];
+        if (count < INT8_BLOCK) {  // repeats the first value, which meets zero weights
+          std::fill(std::copy(from, from + count, filled), filled + INT8_BLOCK, from[0]);
+          from = filled;
+        }
+        quantise(from, values + row * stride + begin, scales[row * blocks + block], lows[row * blocks + block]);
+      }
   }
-  static int64_t row_stride(int64_t depth) { return round_up(depth, LANES); }
-  static int64_t scratch_floats(int64_t rows, int64_t depth) {
-    return divide_up(rows * row_stride(depth), sizeof(float)) + 2 * rows + 3 * 16;
+  static int64_t scratch_floats(int64_t rows, const LinearWeights& weights) {
+    const int64_t stride = round_up(weights.depth, INT8_BLOCK);
+    return divide_up(rows * stride, sizeof(float)) + 2 * rows * (stride / INT8_BLOCK) + 3 * 16;
   }
-  static FASTRANK_INLINE Sum add_products(Sum sum, const Left* left, const Right* right) {
-    return dot(sum, left, load_ints(right));
-  }
-  FASTRANK_INLINE vfloat finish(Sum sum, int64_t row, const LinearWeights& weights, int64_t column) const {
-    sum -= load_ints(weights.sums + column) * zeros[row];
-    return to_float(sum) * (load(weights.scales + column) * scales[row]);
+
+  template <int ROWS>
+  FASTRANK_INLINE void add_products(vfloat (&sums)[ROWS][WIDTH], int64_t row, int64_t count, const LinearWeights& weights,
+                                    int64_t column) const {
+    Operands<uint8_t, int8_t, ROWS> of(values, stride, row, count, weights, column, stride);
+    const int64_t filled = round_up(weights.columns, PANEL);
+    const float* block_scales[ROWS];
+    for (int r = 0; r < ROWS; ++r) block_scales[r] = scales + (row + std::min<int64_t>(r, count - 1)) * blocks;
+    const int64_t to_lows = lows - scales;
+    for (int64_t block = 0; block < blocks; ++block) {
+      vint exact[ROWS][WIDTH] = {};
+      for (int64_t k = block * INT8_BLOCK; k < (block + 1) * INT8_BLOCK; k += GROUP, of.right += PANEL * GROUP)
+        for (int r = 0; r < ROWS; ++r)
+          for (int v = 0; v < WIDTH; ++v)
+            exact[r][v] = dot(exact[r][v], of.left[r] + k, load_ints(of.right + v * LANES * GROUP));
+      for (int v = 0; v < WIDTH; ++v) {
+        const int64_t place = block * filled + column + v * LANES;
+        const vfloat scale = load(weights.scales + place), total = load(weights.sums + place);
+        for (int r = 0; r < ROWS; ++r)
+          sums[r][v] += to_float(exact[r][v]) * (scale * block_scales[r][block]) + total * block_scales[r][to_lows + block];
+      }
+    }
   }
 
  private:
-  void quantise(const float* x, int64_t depth, int64_t row) {
-    vfloat low = splat(0.f), high = splat(0.f), spoiled = splat(0.f);  // spoiled: NaN where x is not finite
-    for (int64_t i = 0; i < depth; i += LANES) {
-      const vfloat value = load_some(x + i, depth - i);
-      low = min(value, low), high = max(value, high), spoiled += value * 0.f;
+  static void quantise(const float* x, uint8_t* levels, float& scale, float& low) {
+    vfloat least = load(x), largest = least, spoiled = splat(0.f);  // spoiled: NaN where x is not finite
+    for (int64_t i = 0; i < INT8_BLOCK; i += LANES) {
+      const vfloat value = load(x + i);
+      least = min(value, least), largest = max(value, largest), spoiled += value * 0.f;
     }
-    const float least = -max_lane(-low), largest = max_lane(high);
-    const float scale = (largest - least) / 255.f;
-    const float inverse = scale > 1e-30f ? 1.f / scale : 0.f;
+    low = -max_lane(-least);
+    scale = (max_lane(largest) - low) / 255.f;
+    if (!(scale > LEAST_STEP)) scale = 0.f;
+    const float inverse = scale > 0.f ? 1.f / scale : 0.f;
     constexpr float SHIFTER = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, to even where two are as near
-    const auto nearest = [](vfloat value) { return as_int(rounded(value) + SHIFTER) - as_int(splat(SHIFTER)); };
-    const int32_t zero = nearest(splat(-least * inverse))[0];
-    uint8_t* const out = values + row * stride;
-    const vint top = vint{} + 255;
-    for (int64_t i = 0; i < depth; i += LANES)
-      store_as(out + i, min(nearest(load_some(x + i, depth - i) * inverse) + zero, top));
-    scales[row] = (scale > 1e-30f ? scale : 0.f) + sum(spoiled);
-    zeros[row] = zero;
+    for (int64_t i = 0; i < INT8_BLOCK; i += 32) {
+      vint steps[32 / LANES];
+      for (int part = 0; part < 32 / LANES; ++part) {
+        const vfloat exact = rounded((load(x + i + part * LANES) - low) * inverse);
+        steps[part] = as_int(exact + SHIFTER) - as_int(splat(SHIFTER));
+      }
+      store_bytes(levels + i, steps);
+    }
+    low += sum(spoiled);
   }
 };
 
 template <class Product, int ROWS>
 FASTRANK_INLINE void multiply_tile(const Product& left, int64_t row, int64_t count, const LinearWeights& weights, int64_t column,
                                    float* out) {
-  const int64_t groups = divide_up(weights.depth, Product::GROUP);
-  const typename Product::Left* rows[ROWS];
-  for (int r = 0; r < ROWS; ++r) rows[r] = left.values + (row + std::min<int64_t>(r, count - 1)) * left.stride;
-  const auto* right = static_cast<const typename Product::Right*>(weights.panels) + column * groups * Product::GROUP;
-  typename Product::Sum sums[ROWS][WIDTH] = {};
-  for (int64_t group = 0; group < groups; ++group, right += PANEL * Product::GROUP)
-    for (int r = 0; r < ROWS; ++r)
-      for (int v = 0; v < WIDTH; ++v)
-        sums[r][v] = Product::add_products(sums[r][v], rows[r] + group * Product::GROUP, right + v * LANES * Product::GROUP);
+  vfloat sums[ROWS][WIDTH] = {};
+  left.add_products(sums, row, count, weights, column);
   for (int v = 0; v < WIDTH && column + v * LANES < weights.columns; ++v) {
     const int64_t first = column + v * LANES;
     const vfloat bias = load(weights.bias + first);
     for (int r = 0; r < ROWS && r < count; ++r)
-      store_lanes(out + (row + r) * weights.columns + first, left.finish(sums[r][v], row + r, weights, first) + bias,
-                  weights.columns - first);
+      store_lanes(out + (row + r) * weights.columns + first, sums[r][v] + bias, weights.columns - first);
   }
 }
 
 // out = x W^T + bias for a block of rows.
 template <class Product>
 void multiply(const float* x, int64_t rows, const LinearWeights& weights, float* out, Scratch& scratch) {
-  const Product left(x, rows, weights.depth, scratch);
+  const Product left(x, rows, weights, scratch);
   for (int64_t column = 0; column < weights.columns; column += PANEL)
     for (int64_t row = 0; row < rows;) {
       const int height = tile_height(rows - row);
@@ -132,7 +165,7 @@ void apply(float* x, int64_t count, const Function& function) {
 void activate(Activation activation, float* x, int64_t count) {
   switch (activation) {
     case Activation::NONE: return;
-    case Activation::GELU: return apply(x, count, [](vfloat x) { return gelu_erf(x).value; });
+    case Activation::GELU: return apply(x, count, [](vfloat x) { return gelu_erf_value(x); });
     case Activation::GELU_TANH: return apply(x, count, [](vfloat x) { return gelu_tanh(x).value; });
     case Activation::RELU: return apply(x, count, [](vfloat x) { return select(x < splat(0.f), splat(0.f), x); });
   }
@@ -145,7 +178,7 @@ void forward(const LinearForward& a) {
   const int64_t block = std::clamp<int64_t>(round_up(divide_up(a.rows, a.num_threads), TALL), TALL, BLOCK_ROWS);
   parallel_for(divide_up(a.rows, block), a.num_threads, [&](int64_t task) {
     const int64_t begin = task * block, rows = std::min(block, a.rows - begin);
-    Scratch scratch(Product::scratch_floats(rows, a.first.depth) + Product::scratch_floats(rows, last.depth) +
+    Scratch scratch(Product::scratch_floats(rows, a.first) + Product::scratch_floats(rows, last) +
                     (a.second != nullptr ? rows * a.first.columns + 16 : 0));
     float* const out = a.out + begin * last.columns;
     float* const inner = a.second != nullptr ? scratch.take(rows * a.first.columns) : out;
@@ -162,7 +195,7 @@ void forward(const LinearForward& a) {
 }  // namespace
 
 LinearLayout linear_layout(bool int8) {
-  return {PANEL, int8 ? 4 : 1, int8 ? 1 : int64_t(sizeof(float))};
+  return {PANEL, int8 ? IntegerProduct::GROUP : 1, int8 ? INT8_BLOCK : 1};
 }
 
 void linear_forward(const LinearForward& arguments) {

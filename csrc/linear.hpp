@@ -9,19 +9,21 @@ namespace fastrank {
 enum class Activation { NONE, GELU, GELU_TANH, RELU };
 
 // W (columns, depth) as LinearLayout packs it: panel by panel of columns, and in a panel group by group of the depth; what is
-// missing to whole panels and groups is zero. Groups are `group` neighbours along the depth of one column.
+// missing to whole panels and blocks is zero. Groups are `group` neighbours along the depth of one column.
 struct LinearWeights {
   const void* panels;
-  // Filled up with zeros to whole panels:
-  const float* scales;  // of int8 weights; null for float32
-  const int32_t* sums;  // of int8 weights: each column's sum
-  const float* bias;
+  // Of int8 weights, (blocks of the depth, columns filled up to whole panels): what a step is worth, and the block's sum. Null for
+  // float32.
+  const float *scales, *sums;
+  const float* bias;  // filled up to whole panels
   int64_t columns, depth;
 };
 
 struct LinearLayout {
-  int64_t panel_columns, group, bytes;  // bytes of one packed weight: float32, int16 or int8
+  int64_t panel_columns, group, block;
 };
+
+constexpr int64_t INT8_BLOCK = 64;  // neighbours along the depth that share a scale
 
 // out = activation(x W^T + bias), then, where they are given, * second W^T + its bias, then LayerNorm(that + residual).
 struct LinearForward {

@@ -21,7 +21,6 @@ inline vfloat to_float(vint x) { return __builtin_convertvector(x, vfloat); }
 inline vfloat select(vint mask, vfloat yes, vfloat no) { return mask ? yes : no; }
 inline vfloat max(vfloat a, vfloat b) { return a > b ? a : b; }  // b where either is NaN
 inline vfloat min(vfloat a, vfloat b) { return a < b ? a : b; }
-inline vint min(vint a, vint b) { return a < b ? a : b; }
 // x itself, rounded to float32: no compiler may fuse the product that made it into a following sum.
 inline vfloat rounded(vfloat x) {
 #if defined(__x86_64__)
@@ -30,13 +29,6 @@ inline vfloat rounded(vfloat x) {
   asm("" : "+w"(x));
 #endif
   return x;
-}
-// Lane i becomes element i of `out`, cut to its type.
-template <class T>
-inline void store_as(T* out, vint x) {
-  typedef T narrow __attribute__((vector_size(LANES * sizeof(T))));
-  const narrow cut = __builtin_convertvector(x, narrow);
-  std::memcpy(out, &cut, sizeof cut);
 }
 
 #if defined(__clang__)

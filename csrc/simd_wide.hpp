@@ -88,7 +88,6 @@ inline vfloat min(vfloat x, vfloat y) {
   return {x.a < y.a ? x.a : y.a, x.b < y.b ? x.b : y.b, x.c < y.c ? x.c : y.c, x.d < y.d ? x.d : y.d};
 }
 
-inline vint min(vint x, vint y) { return (x & (x < y)) | (y & ~(x < y)); }
 // As in simd_native.hpp.
 inline vfloat rounded(vfloat x) {
 #if defined(__x86_64__)
@@ -97,10 +96,6 @@ inline vfloat rounded(vfloat x) {
   asm("" : "+w"(x.a), "+w"(x.b), "+w"(x.c), "+w"(x.d));
 #endif
   return x;
-}
-template <class T>
-inline void store_as(T* out, vint x) {
-  for (int i = 0; i < LANES; ++i) out[i] = T(x[i]);
 }
 
 // Folds the lanes in halves, lane i with lane i + half: sums are pairwise, so that their error grows with log2(LANES).

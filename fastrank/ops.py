@@ -168,30 +168,30 @@ def linear(
     """activation(x W^T + b), then, where they are given, a second product and LayerNorm(that + residual): what stands
     between two attentions, for inference.
 
-    x: (rows, depth). first, second: weights from freeze_linear; second's depth is first's columns. activation: "none",
+    x: (rows, depth). first, second: weights from freeze_linear, of one precision; second's depth is first's columns. activation: "none",
     "gelu" (erf), "gelu_tanh" or "relu". residual: (rows, columns) of x's dtype; norm_weight, norm_bias: (columns,); all
-    three or none. eps: added to the variance. Returns (rows, columns). int8 weights: rows of x are quantised by
-    themselves and the product of integers is exact, so a row's result does not depend on other rows. Raises ValueError
+    three or none. eps: added to the variance. Returns (rows, columns). int8 weights: blocks of a row of x
+    are quantised by themselves and the product of integers is exact. In the C++ kernel a row's result does not depend
+    on other rows. Raises ValueError
     with the offending shapes, and where a gradient is asked for.
     """
-    named = {"x": x, "first": first.weight} | ({} if second is None else {"second": second.weight})
     last = first if second is None else second
+    sizes = " then ".join(f"{one.columns} x {one.depth}" for one in (first, second) if one is not None)
     _require(
-        x.dim() == 2 and first.shape[1] == x.shape[1] and (second is None or second.shape[1] == first.shape[0]),
-        "linear takes x (rows, depth), first (columns, depth) and second (columns, first's columns)",
-        **named,
+        x.dim() == 2 and first.depth == x.shape[1] and (second is None or second.depth == first.columns),
+        f"linear takes x (rows, depth) and weights that fit it, not weights of {sizes}",
+        x=x,
     )
     norm = [tensor for tensor in (residual, norm_weight, norm_bias) if tensor is not None]
     if len(norm) not in (0, 3):
         raise ValueError("residual, norm_weight and norm_bias belong together: give all three or none.")
     if norm:
         _require(
-            residual.shape == (x.shape[0], last.shape[0]) and norm_weight.shape == norm_bias.shape == last.shape[:1],
-            "linear takes residual (rows, columns), norm_weight and norm_bias (columns,)",
+            residual.shape == (x.shape[0], last.columns) and norm_weight.shape == norm_bias.shape == (last.columns,),
+            f"linear takes residual (rows, {last.columns}), norm_weight and norm_bias ({last.columns},)",
             residual=residual,
             norm_weight=norm_weight,
             norm_bias=norm_bias,
-            **named,
         )
         _require_alike(x=x, residual=residual)
     if second is not None and (first.scales is None) != (second.scales is None):

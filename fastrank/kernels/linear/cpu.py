@@ -6,11 +6,10 @@ Weights are packed once for each instruction set.
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from fastrank import _cpu
 from fastrank.kernels.linear.weights import LinearWeights
-
-STORED = {4: torch.float32, 1: torch.int8}  # a packed weight, by its bytes
 
 
 def linear(
@@ -23,8 +22,8 @@ def linear(
     norm_bias: Tensor | None,
     eps: float,
 ) -> Tensor:
-    columns = (first if second is None else second).shape[0]
-    out = torch.empty(x.shape[0], columns)
+    last = first if second is None else second
+    out = torch.empty(x.shape[0], last.columns)
     _cpu.linear_forward(
         _array(x),
         _pack(first),
@@ -45,18 +44,18 @@ def _array(tensor: Tensor | None) -> np.ndarray | None:
 
 
 def _pack(weights: LinearWeights) -> tuple:
+    """Panels of columns, and in each, groups of neighbours along the depth; columns filled up with zeros."""
     isa = _cpu.isa()
     if isa not in weights.packed:
-        columns, depth = weights.shape
-        panel, group, size = _cpu.linear_layout(weights.scales is not None)
-        filled = torch.zeros(-columns % panel + columns, -depth % group + depth, dtype=STORED[size])
-        filled[:columns, :depth] = weights.weight
+        panel, group, _ = _cpu.linear_layout(weights.scales is not None)
+        columns, missing = weights.columns, -weights.columns % panel
+        filled = functional.pad(weights.weight.flatten(1), (0, 0, 0, missing))
         panels = filled.view(-1, panel, filled.shape[1] // group, group).transpose(1, 2).contiguous()
-        sums = None if weights.scales is None else filled.sum(1, dtype=torch.int32).numpy()
-        scales = None if weights.scales is None else _fill(weights.scales, len(filled))
-        weights.packed[isa] = (panels.numpy(), scales, sums, _fill(weights.bias, len(filled)), columns, depth)
+        scales = sums = None
+        if weights.scales is not None:
+            scales = functional.pad(weights.scales.T, (0, missing))
+            sums = functional.pad(weights.weight.sum(2, dtype=torch.int32).T, (0, missing)) * scales
+        bias = functional.pad(weights.bias, (0, missing))
+        arrays = (_array(panels), _array(scales), _array(sums), _array(bias))
+        weights.packed[isa] = (*arrays, columns, weights.depth)
     return weights.packed[isa]
-
-
-def _fill(values: Tensor, size: int) -> np.ndarray:
-    return torch.cat([values, values.new_zeros(size - len(values))]).numpy()

@@ -1,7 +1,7 @@
 """activation(x W^T + b), a second product and LayerNorm in plain PyTorch: the definition that kernels are held against.
 
-int8 is dynamic: each row of x is quantised by itself, to 256 levels from its least to its largest value, 0 among them;
-the product of integers is exact.
+int8 is dynamic: each block of a row of x is quantised by itself, to 256 levels from its least to its largest value; the
+product of integers is exact.
 """
 
 import torch
@@ -16,25 +16,22 @@ ACTIVATIONS = {
     "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
     "relu": torch.relu,
 }
-LEAST_STEP = 1e-30  # a row whose levels lie closer counts as zeros
+LEAST_STEP = 1e-30  # values that lie closer together than 255 of these count as equal
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Integers (rows, depth), the levels less the row's zero point, and what one step is worth (rows, 1) float32.
+def quantize_blocks(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Levels 0 to 255 of blocks of values (..., block), what one is worth, and what level 0 is (..., 1): all float32.
 
-    In float32, whatever x is: scale = (high - low) / 255, zero = round(-low / scale), level = round(x / scale) + zero.
-    A row with a value that is not finite has the scale NaN.
+    In float32, whatever x is: scale = (largest - low) / 255, level = round((x - low) / scale). A block with a value that
+    is not finite has the low NaN.
     """
     x = x.float()
-    if x.shape[1] == 0:
-        return x, x.new_zeros(len(x), 1)
-    low, high = x.amin(1, keepdim=True).clamp(max=0), x.amax(1, keepdim=True).clamp(min=0)
-    scale = (high - low) / 255
-    inverse = torch.where(scale > LEAST_STEP, 1 / scale, 0)
-    zero = (-low * inverse).round()
-    levels = ((x * inverse).round() + zero).clamp(max=255)
-    scale = torch.where(scale > LEAST_STEP, scale, 0) + (x * 0).sum(1, keepdim=True)
-    return torch.where(scale.isfinite(), levels - zero, 0), scale
+    low, largest = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    scale = (largest - low) / 255
+    scale = torch.where(scale > LEAST_STEP, scale, 0)
+    inverse = torch.where(scale > 0, 1 / scale, 0)
+    levels = ((x - low) * inverse).round()
+    return levels.nan_to_num(), scale, low + (x * 0).sum(-1, keepdim=True)
 
 
 def multiply(x: Tensor, weights: LinearWeights) -> Tensor:
@@ -42,9 +39,16 @@ def multiply(x: Tensor, weights: LinearWeights) -> Tensor:
     bias = weights.bias.to(x.dtype)
     if weights.scales is None:
         return x @ weights.weight.to(x.dtype).T + bias
-    levels, scales = quantize_rows(x)
-    product = levels.double() @ weights.weight.double().T  # of integers, so exact
-    return product.to(x.dtype) * (scales * weights.scales).to(x.dtype) + bias
+    blocks, size = weights.weight.shape[1:]
+    # A block that is filled up repeats its first value, which its zero weights never see.
+    first = x[:, (blocks - 1) * size :][:, :1]
+    x = torch.cat([x, first.expand(-1, blocks * size - weights.depth)], 1)
+    levels, scale, low = quantize_blocks(x.view(len(x), blocks, size))
+    # The product of integers is exact in float64. (rows, blocks, columns)
+    exact = torch.einsum("rbk,cbk->rbc", levels.double(), weights.weight.double())
+    steps = weights.scales.T.to(x.dtype)
+    sums = weights.weight.sum(2, dtype=torch.int32).T.to(x.dtype) * steps
+    return (exact.to(x.dtype) * (scale.to(x.dtype) * steps) + low.to(x.dtype) * sums).sum(1) + bias
 
 
 def linear(
@@ -62,6 +66,4 @@ def linear(
         x = multiply(x, second)
     if residual is None:
         return x
-    return functional.layer_norm(
-        x + residual, x.shape[1:], norm_weight.to(x.dtype), norm_bias.to(x.dtype), eps
-    )
+    return functional.layer_norm(x + residual, x.shape[1:], norm_weight.to(x.dtype), norm_bias.to(x.dtype), eps)

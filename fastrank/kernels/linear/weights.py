@@ -1,17 +1,19 @@
-"""A linear layer's weights, frozen for inference: float32 as they are, or int8 with one scale a column.
+"""A linear layer's weights, frozen for inference: float32 as they are, or int8 with a scale for each block of a column.
 
-Columns are output features, as everywhere here; weights of int8 are symmetric, so that no zero point is needed.
+Columns are output features, as everywhere here. int8 weights are symmetric and need no zero point; a block's scale is
+set by its largest pair of neighbours, since AVX2 adds two products of a byte and a weight in 16 bits: so the same
+integers, and the same sums of them, serve every processor.
 """
 
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 PRECISIONS = ("float32", "int8")
-# The largest int8 weight. AVX2 adds two products of a byte from 0 to 255 and a weight in 16 bits: more would not fit, and
-# then scores would depend on the processor.
-LEVELS = 63
+BLOCK = 64  # neighbours along the depth that share a scale
+PAIR_STEPS = 127  # of the largest |w| + |w neighbour| in a block; rounding adds at most 1
 
 
 @dataclass(frozen=True)
@@ -19,36 +21,38 @@ class LinearWeights:
     """Weights and bias of x W^T + b.
 
     Attributes:
-        weight: (columns, depth) float32, or int8 from -63 to 63.
+        weight: (columns, depth) float32; or int8 (columns, blocks, block), the last block filled up with zeros.
         bias: (columns,) float32.
-        scales: (columns,) float32, what one step of an int8 weight is worth; None for float32.
+        depth: How many values a row of x has.
+        scales: (columns, blocks) float32, what one step of an int8 weight is worth; None for float32.
         packed: What a backend has made of them, by instruction set.
     """
 
     weight: Tensor
     bias: Tensor
+    depth: int
     scales: Tensor | None = None
     packed: dict[str, tuple] = field(default_factory=dict, repr=False, compare=False)
 
     @property
-    def shape(self) -> torch.Size:
-        return self.weight.shape
+    def columns(self) -> int:
+        return self.weight.shape[0]
 
 
 def freeze(weight: Tensor, bias: Tensor, precision: str) -> LinearWeights:
     """Weights of this precision ("float32" or "int8"). weight: (columns, depth) and bias: (columns,), both float32.
 
-    A column's largest weight becomes 63 steps. Raises ValueError for weights that are not finite, which int8 could
-    not say.
+    Raises ValueError for weights that are not finite, which int8 could not say.
     """
     weight, bias = weight.detach(), bias.detach()
+    columns, depth = weight.shape
     if precision == "float32":
-        return LinearWeights(weight, bias)
+        return LinearWeights(weight, bias, depth)
     if precision != "int8":
         raise ValueError(f"Weights can be frozen as {' or '.join(PRECISIONS)}, not as {precision!r}.")
-    largest = weight.abs().amax(1)
-    if not largest.isfinite().all():
+    if not weight.isfinite().all():
         raise ValueError("Weights that are NaN or infinite cannot be quantised to int8.")
-    scales = largest / LEVELS
-    steps = torch.where(scales > 0, weight.T / scales, 0).T
-    return LinearWeights(steps.round().clamp(-LEVELS, LEVELS).to(torch.int8), bias, scales)
+    blocks = functional.pad(weight, (0, -depth % BLOCK)).view(columns, -1, BLOCK)
+    scales = blocks.abs().unflatten(2, (-1, 2)).sum(3).amax(2) / PAIR_STEPS
+    steps = (blocks / scales.clamp(min=torch.finfo(torch.float32).tiny)[..., None]).round()
+    return LinearWeights(steps.to(torch.int8), bias, depth, scales)
