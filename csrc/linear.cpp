@@ -16,6 +16,7 @@ namespace {
 
 constexpr int64_t BLOCK_ROWS = 48;  // at most; a multiple of TALL
 constexpr int64_t PANEL = WIDTH * LANES;
+constexpr int64_t FLOAT_BLOCK = 192;  // of the depth: sums of sums round less than one long sum
 constexpr float LEAST_STEP = 1e-30f;  // values that lie closer together than 255 of these count as equal
 
 int64_t divide_up(int64_t n, int64_t step) { return (n + step - 1) / step; }
@@ -45,9 +46,14 @@ struct FloatProduct {
   FASTRANK_INLINE void add_products(vfloat (&sums)[ROWS][WIDTH], int64_t row, int64_t count, const LinearWeights& weights,
                                     int64_t column) const {
     Operands<float, float, ROWS> of(values, stride, row, count, weights, column, weights.depth);
-    for (int64_t k = 0; k < weights.depth; ++k, of.right += PANEL)
+    for (int64_t begin = 0; begin < weights.depth; begin += FLOAT_BLOCK) {
+      vfloat partial[ROWS][WIDTH] = {};
+      for (int64_t k = begin; k < std::min(begin + FLOAT_BLOCK, weights.depth); ++k, of.right += PANEL)
+        for (int r = 0; r < ROWS; ++r)
+          for (int v = 0; v < WIDTH; ++v) partial[r][v] += of.left[r][k] * load(of.right + v * LANES);
       for (int r = 0; r < ROWS; ++r)
-        for (int v = 0; v < WIDTH; ++v) sums[r][v] += of.left[r][k] * load(of.right + v * LANES);
+        for (int v = 0; v < WIDTH; ++v) sums[r][v] += partial[r][v];
+    }
   }
 };
 

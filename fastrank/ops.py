@@ -168,12 +168,11 @@ def linear(
     """activation(x W^T + b), then, where they are given, a second product and LayerNorm(that + residual): what stands
     between two attentions, for inference.
 
-    x: (rows, depth). first, second: weights from freeze_linear, of one precision; second's depth is first's columns. activation: "none",
-    "gelu" (erf), "gelu_tanh" or "relu". residual: (rows, columns) of x's dtype; norm_weight, norm_bias: (columns,); all
-    three or none. eps: added to the variance. Returns (rows, columns). int8 weights: blocks of a row of x
-    are quantised by themselves and the product of integers is exact. In the C++ kernel a row's result does not depend
-    on other rows. Raises ValueError
-    with the offending shapes, and where a gradient is asked for.
+    x: (rows, depth). first, second: weights from freeze_linear, of one precision; second's depth is first's columns.
+    activation: "none", "gelu" (erf), "gelu_tanh" or "relu". residual: (rows, columns) of x's dtype; norm_weight,
+    norm_bias: (columns,); all three or none. eps: added to the variance. Returns (rows, columns). int8 weights: blocks
+    of a row of x are quantised by themselves and the product of integers is exact. In the C++ kernel a row's result
+    does not depend on other rows. Raises ValueError with the offending shapes, and where a gradient is asked for.
     """
     last = first if second is None else second
     sizes = " then ".join(f"{one.columns} x {one.depth}" for one in (first, second) if one is not None)
@@ -225,8 +224,8 @@ def listwise(
     dtype, higher is better. list_offsets: int32 or int64 (lists + 1,). options: all options of the loss, as Loss.fill
     returns them. reduction: a name of REDUCTIONS. check: which labels the loss allows, a key of LABELS; scores must
     then be finite, too; "" looks at no value. Returns the sums (lists,), or one number where they are reduced, in the
-    scores' dtype, and the counts int64 (lists,). Raises ValueError with the offending shapes or values. To torch.compile it is
-    one operator, torch.ops.fastrank.listwise, whose third output is the gradients of the sums.
+    scores' dtype, and the counts int64 (lists,). Raises ValueError with the offending shapes or values. To
+    torch.compile it is one operator, torch.ops.fastrank.listwise, whose third output is the gradients of the sums.
     """
     _require(
         scores.dim() == 1 and labels.shape == scores.shape,

@@ -106,6 +106,18 @@ def assert_accurate(
     rounded = outputs_and_gradients(lambda **given: run(backend="reference", **given), inputs, dtype, seed)
     with poisoned_memory():
         actual = outputs_and_gradients(lambda **given: run(backend=backend, **given), inputs, dtype, seed)
+    hold_to_the_rule(exact, rounded, actual, backend=backend, dtype=dtype)
+
+
+def hold_to_the_rule(
+    exact: Mapping[str, Tensor],
+    rounded: Mapping[str, Tensor],
+    actual: Mapping[str, Tensor],
+    *,
+    backend: str,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """The rule itself, for tensors by name."""
     complaints = []
     for name, truth in exact.items():
         value = actual[name]

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# A config's hidden_act -> the activation of fastrank.ops. erf and tanh GELU differ by up to 5e-4, which moves scores: the
-# form is the checkpoint's, never ours to choose.
+# A config's hidden_act -> the activation of fastrank.ops. erf and tanh GELU differ by up to 5e-4, which moves scores:
+# the form is the checkpoint's, never ours to choose.
 ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",

@@ -22,8 +22,8 @@ LEAST_STEP = 1e-30  # values that lie closer together than 255 of these count as
 def quantize_blocks(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Levels 0 to 255 of blocks of values (..., block), what one is worth, and what level 0 is (..., 1): all float32.
 
-    In float32, whatever x is: scale = (largest - low) / 255, level = round((x - low) / scale). A block with a value that
-    is not finite has the low NaN.
+    In float32, whatever x is: scale = (largest - low) / 255, level = round((x - low) / scale). A block with a value
+    that is not finite has the low NaN.
     """
     x = x.float()
     low, largest = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
