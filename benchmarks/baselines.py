@@ -93,6 +93,11 @@ class PaddedTrainer(_Padded):
         return float(loss)
 
 
+def best_batch_size(engine: _Padded, lists: Sequence) -> int:
+    """The batch size at which the engine scores the first lists fastest."""
+    return best_setting(lambda size: lambda: engine.scores(lists[:2], size), BATCH_SIZES)
+
+
 def padded_contenders(
     make: Callable[[str], _Padded],
     run: Callable[..., object],

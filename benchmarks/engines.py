@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from baselines import PaddedReranker, _Padded
+from baselines import _Padded
 from transformers import AutoModelForSequenceClassification
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -86,7 +86,7 @@ class OpenVino(_Engine):
             import nncf
 
             batches = [
-                {name: batch[name].numpy() for name in INPUTS} for _, batch in self.batches(calibration, batch_size=1)
+                {name: batch[name].numpy() for name in INPUTS} for _, batch in self.batches(calibration, batch_size=4)
             ]
             model = nncf.quantize(
                 model,
@@ -104,6 +104,3 @@ class OpenVino(_Engine):
 
     def run(self, batch: dict[str, np.ndarray]) -> np.ndarray:
         return self.compiled(batch)[0][:, 0]
-
-
-__all__ = ["OnnxRuntime", "OpenVino", "PaddedReranker"]

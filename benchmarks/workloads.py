@@ -49,8 +49,9 @@ def _cut(one: RankingList, count: int) -> RankingList:
 
 
 @functools.cache
-def checkpoint() -> Path:
-    """A folder that transformers wrote: real MiniLM-L6 weights and vocabulary, a head drawn so that scores spread."""
+def checkpoint(shape: str = "MiniLM-L6") -> Path:
+    """A folder that transformers wrote: the real weights and vocabulary of MiniLM-L6, or random weights of BERT-base's
+    shape with that vocabulary; a head drawn so that scores spread."""
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
     from fastrank.train.demo import base_weights
@@ -58,11 +59,24 @@ def checkpoint() -> Path:
     source = base_weights()
     torch.manual_seed(0)
     config = AutoConfig.from_pretrained(source, num_labels=1)
-    model = AutoModelForSequenceClassification.from_pretrained(source, config=config)
+    if shape == "MiniLM-L6":
+        model = AutoModelForSequenceClassification.from_pretrained(source, config=config)
+    else:
+        config.hidden_size, config.num_attention_heads, config.num_hidden_layers, config.intermediate_size = (
+            768,
+            12,
+            12,
+            3072,
+        )
+        model = AutoModelForSequenceClassification.from_config(config)
+        with torch.no_grad():
+            for parameter in model.parameters():  # as spread as trained ones, or all pairs would score alike
+                if parameter.dim() == 2:
+                    parameter.mul_(2)
     with torch.no_grad():
         model.classifier.weight.normal_(0, 0.5)
         model.bert.pooler.dense.weight.normal_(0, 0.1)
-    folder = Path(tempfile.mkdtemp(prefix="fastrank-bench-")) / "MiniLM-L6"
+    folder = Path(tempfile.mkdtemp(prefix="fastrank-bench-")) / shape
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)
     return folder

@@ -206,6 +206,35 @@ def test_precision(tmp_path, kind):
         model.to_precision("int3")
 
 
+def test_frozen_weights(tmp_path, kind, monkeypatch):
+    """Fused float32 scores are transformers'; int8 ones may be at most twice as wrong as the int8 reference's, and rank
+    as float32 does."""
+    theirs = make_checkpoint(tmp_path, kind)
+    pairs = random_pairs(theirs, LENGTHS)
+    batch = pack_pairs(pairs)
+    model = load_model(tmp_path)
+    with torch.no_grad():
+        exact = model(batch)
+        expected = padded_logits(theirs, pairs).float()
+        fused = model.freeze("float32")(batch)
+        assert (fused - expected).abs().max() < 1e-4
+        int8 = model.freeze("int8")(batch)
+        monkeypatch.setenv("FASTRANK_BACKEND", "reference")
+        reference = model(batch)
+        monkeypatch.delenv("FASTRANK_BACKEND")
+    assert not torch.equal(int8, fused)
+    assert (int8 - exact).square().mean() <= 4 * (reference - exact).square().mean()
+    assert torch.corrcoef(torch.stack([int8[:, 0], exact[:, 0]]))[0, 1] > 0.99
+    with torch.no_grad():
+        before = model.encoder.layers[0].up.weight[0, 0].item()
+        model.encoder.layers[0].up.weight[0, 0] = 100
+        assert torch.equal(model(batch), int8), "frozen weights stay what they were"
+        model.encoder.layers[0].up.weight[0, 0] = before
+        assert torch.equal(model.to_precision("float32")(batch), exact), "to_precision undoes it"
+    with pytest.raises(ValueError, match="no gradient"):
+        model.freeze("float32")(batch)
+
+
 def test_training_in_low_precision(tmp_path, kind):
     theirs = make_checkpoint(tmp_path, kind)
     batch = pack_pairs(random_pairs(theirs, LENGTHS))

