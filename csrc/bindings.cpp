@@ -259,7 +259,7 @@ PYBIND11_MODULE(_cpu, m) {
       "linear_forward",
       [](const Array<float>& x, const PackedWeights& first, const std::string& activation,
          const std::optional<PackedWeights>& second, const MaybeFloats& residual, const MaybeFloats& norm_weight,
-         const MaybeFloats& norm_bias, float eps, Array<float> out, int num_threads) {
+         const MaybeFloats& norm_bias, float eps, Array<float> out, int64_t groups, int num_threads) {
         using fastrank::Activation;
         const fastrank::Kernels& table = kernels();
         const fastrank::LinearWeights first_weights = linear_weights(first, table);
@@ -279,6 +279,7 @@ PYBIND11_MODULE(_cpu, m) {
                                                 read(norm_bias),
                                                 eps,
                                                 out.mutable_data(),
+                                                groups,
                                                 num_threads};
         py::gil_scoped_release released;
         table.linear_forward(arguments);
@@ -286,7 +287,7 @@ PYBIND11_MODULE(_cpu, m) {
       "Writes out = LayerNorm(activation(x first) second + residual), of which only the first product must be there.",
       py::arg("x").noconvert(), py::arg("first"), py::arg("activation"), py::arg("second"), py::arg("residual").noconvert(),
       py::arg("norm_weight").noconvert(), py::arg("norm_bias").noconvert(), py::arg("eps"), py::arg("out").noconvert(),
-      py::arg("num_threads"));
+      py::arg("groups"), py::arg("num_threads"));
 
   define_listwise(m, "ranknet", &fastrank::Kernels::ranknet);
   define_listwise(m, "weighted_ranknet", &fastrank::Kernels::weighted_ranknet);

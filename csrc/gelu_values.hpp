@@ -52,6 +52,21 @@ inline vfloat gelu_erf_value(vfloat x) {
   return max(splat(-20.f), x) * select(x < splat(0.f), tail, 1.f - tail);  // max keeps NaN, and -infinity * 0 from being one
 }
 
+// GELU, wrong by at most 1.9e-4, far less than a step of what is quantised next: x * Phi(x) with an odd polynomial for Phi(x) - 1/2
+// on [-4, 4], fitted for the least largest error of the whole, with exactly 0 and 1 at the ends.
+inline vfloat gelu_polynomial(vfloat x) {
+  const vfloat above = max(splat(-4.f), x);  // keeps NaN
+  const vfloat near = min(max(x, splat(-4.f)), splat(4.f)), square = near * near;
+  vfloat p = splat(2.2588136704465103e-08f);
+  p = p * square - 1.5888231371633693e-06f;
+  p = p * square + 4.7763799762013e-05f;
+  p = p * square - 0.0008121865510100632f;
+  p = p * square + 0.00876368614793093f;
+  p = p * square - 0.06455440133842247f;
+  p = p * square + 0.3978702606242605f;
+  return above * (near * p + 0.5f);
+}
+
 // x * sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3): the same as x (1 + tanh u) / 2.
 inline ValueAndSlope gelu_tanh(vfloat x) {
   constexpr float SCALE = 1.5957691216057308f;  // 2 sqrt(2/pi)

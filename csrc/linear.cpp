@@ -21,6 +21,16 @@ constexpr float LEAST_STEP = 1e-30f;  // values that lie closer together than 25
 
 int64_t divide_up(int64_t n, int64_t step) { return (n + step - 1) / step; }
 
+// Where a product is written: rows of neighbouring columns, or of each group of columns by itself.
+struct Target {
+  float* data;
+  int64_t group_columns, group_stride;
+
+  FASTRANK_INLINE float* at(int64_t row, int64_t column) const {
+    return data + column / group_columns * group_stride + row * group_columns + column % group_columns;
+  }
+};
+
 // The rows of a tile and its panel of columns; rows past the last repeat it.
 template <class Left, class Right, int ROWS>
 struct Operands {
@@ -36,6 +46,8 @@ struct Operands {
 
 // A product's left side, and the sums of a tile. Float32: x as it is.
 struct FloatProduct {
+  static constexpr bool IS_INT8 = false;
+
   const float* values;
   int64_t stride;
 
@@ -60,6 +72,7 @@ struct FloatProduct {
 // Int8: each block of a row of x is 256 levels from its least value (low) to its largest, level = round((x - low) / scale). The
 // product of levels and weights is exact; what `low` adds is low times the sum of the block's weights.
 struct IntegerProduct {
+  static constexpr bool IS_INT8 = true;
   static constexpr int64_t GROUP = 4;
 
   uint8_t* values;
@@ -137,20 +150,20 @@ struct IntegerProduct {
 
 template <class Product, int ROWS>
 FASTRANK_INLINE void multiply_tile(const Product& left, int64_t row, int64_t count, const LinearWeights& weights, int64_t column,
-                                   float* out) {
+                                   const Target& out) {
   vfloat sums[ROWS][WIDTH] = {};
   left.add_products(sums, row, count, weights, column);
   for (int v = 0; v < WIDTH && column + v * LANES < weights.columns; ++v) {
     const int64_t first = column + v * LANES;
     const vfloat bias = load(weights.bias + first);
     for (int r = 0; r < ROWS && r < count; ++r)
-      store_lanes(out + (row + r) * weights.columns + first, sums[r][v] + bias, weights.columns - first);
+      store_lanes(out.at(row + r, first), sums[r][v] + bias, weights.columns - first);
   }
 }
 
 // out = x W^T + bias for a block of rows.
 template <class Product>
-void multiply(const float* x, int64_t rows, const LinearWeights& weights, float* out, Scratch& scratch) {
+void multiply(const float* x, int64_t rows, const LinearWeights& weights, const Target& out, Scratch& scratch) {
   const Product left(x, rows, weights, scratch);
   for (int64_t column = 0; column < weights.columns; column += PANEL)
     for (int64_t row = 0; row < rows;) {
@@ -168,10 +181,12 @@ void apply(float* x, int64_t count, const Function& function) {
   for (int64_t i = 0; i < count; i += LANES) store_lanes(x + i, function(load_lanes(x + i, count - i)), count - i);
 }
 
-void activate(Activation activation, float* x, int64_t count) {
+void activate(Activation activation, bool int8, float* x, int64_t count) {
   switch (activation) {
     case Activation::NONE: return;
-    case Activation::GELU: return apply(x, count, [](vfloat x) { return gelu_erf_value(x); });
+    case Activation::GELU:
+      if (int8) return apply(x, count, [](vfloat x) { return gelu_polynomial(x); });
+      return apply(x, count, [](vfloat x) { return gelu_erf_value(x); });
     case Activation::GELU_TANH: return apply(x, count, [](vfloat x) { return gelu_tanh(x).value; });
     case Activation::RELU: return apply(x, count, [](vfloat x) { return select(x < splat(0.f), splat(0.f), x); });
   }
@@ -186,15 +201,22 @@ void forward(const LinearForward& a) {
     const int64_t begin = task * block, rows = std::min(block, a.rows - begin);
     Scratch scratch(Product::scratch_floats(rows, a.first) + Product::scratch_floats(rows, last) +
                     (a.second != nullptr ? rows * a.first.columns + 16 : 0));
-    float* const out = a.out + begin * last.columns;
-    float* const inner = a.second != nullptr ? scratch.take(rows * a.first.columns) : out;
-    multiply<Product>(a.x + begin * a.first.depth, rows, a.first, inner, scratch);
-    activate(a.activation, inner, rows * a.first.columns);
-    if (a.second != nullptr) multiply<Product>(inner, rows, *a.second, out, scratch);
+    const int64_t group_columns = last.columns / a.groups;
+    const Target out{a.out + begin * group_columns, group_columns, a.rows * group_columns};
+    if (a.second == nullptr) {
+      multiply<Product>(a.x + begin * a.first.depth, rows, a.first, out, scratch);
+      for (int64_t group = 0; group < a.groups; ++group)
+        activate(a.activation, Product::IS_INT8, out.data + group * out.group_stride, rows * group_columns);
+    } else {
+      float* const inner = scratch.take(rows * a.first.columns);
+      multiply<Product>(a.x + begin * a.first.depth, rows, a.first, {inner, a.first.columns, 0}, scratch);
+      activate(a.activation, Product::IS_INT8, inner, rows * a.first.columns);
+      multiply<Product>(inner, rows, *a.second, out, scratch);
+    }
     if (a.norm_weight == nullptr) return;
     for (int64_t row = 0; row < rows; ++row)
-      layer_norm_row<true>(last.columns, out + row * last.columns, a.residual + (begin + row) * last.columns, a.norm_weight,
-                           a.norm_bias, a.eps, out + row * last.columns);
+      layer_norm_row<true>(last.columns, out.at(row, 0), a.residual + (begin + row) * last.columns, a.norm_weight, a.norm_bias,
+                           a.eps, out.at(row, 0));
   });
 }
 

@@ -34,7 +34,8 @@ struct LinearForward {
   const LinearWeights* second;  // or null
   const float *residual, *norm_weight, *norm_bias;  // (rows, columns), (columns,), (columns,); or all null
   float eps;
-  float* out;  // (rows, columns) of the last product
+  float* out;  // (rows, columns) of the last product; or (groups, rows, columns of a group), without a second product or a norm
+  int64_t groups;
   int num_threads;
 };
 

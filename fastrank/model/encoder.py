@@ -81,7 +81,7 @@ class Layer(nn.Module):
         if self.is_last:
             attended, x = self._attend_from_first_tokens(x, offsets)
         else:
-            qkv = self.qkv(x).unflatten(1, (3, *self.heads))
+            qkv = self.qkv.in_groups(x, 3 * self.heads[0]).unflatten(1, (3, -1))
             attended = ops.fused_attention(qkv, offsets)
         attended = attended.flatten(1)
         if self.up.frozen is not None:
@@ -102,7 +102,7 @@ class Layer(nn.Module):
         return ops.bias_gelu(x, bias, tanh_form=self.activation == "gelu_tanh")
 
     def _attend_from_first_tokens(self, x: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-        k, v = self.key_value(x).unflatten(1, (2, *self.heads)).unbind(1)
+        k, v = self.key_value.in_groups(x, 2 * self.heads[0]).unflatten(1, (2, -1)).unbind(1)
         first = x[offsets[:-1].long()]
         q = self.query(first).unflatten(1, self.heads)
         one_query_each = torch.arange(len(offsets), dtype=offsets.dtype, device=offsets.device)

@@ -36,6 +36,12 @@ class Linear(nn.Linear):
         weight, bias = self._cast_weights()
         return F.linear(x.to(self.precision), weight, bias).to(x.dtype)
 
+    def in_groups(self, x: Tensor, groups: int) -> Tensor:
+        """forward() as (rows, groups, columns of a group); frozen weights write each group by itself where they can."""
+        if self.frozen is not None and self.out_features % (groups * ops.GROUP_COLUMNS) == 0:
+            return ops.linear(x, self.frozen, groups=groups)
+        return self(x).unflatten(1, (groups, -1))
+
     def multiply(self, x: Tensor) -> Tensor:
         """x W^T alone, for an operation that adds the bias itself."""
         if self.precision == torch.float32:

@@ -21,9 +21,10 @@ def linear(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     eps: float,
+    groups: int,
 ) -> Tensor:
     last = first if second is None else second
-    out = torch.empty(x.shape[0], last.columns)
+    out = torch.empty(groups, x.shape[0], last.columns // groups)
     _cpu.linear_forward(
         _array(x),
         _pack(first),
@@ -34,9 +35,10 @@ def linear(
         _array(norm_bias),
         eps,
         out.numpy(),
+        groups,
         torch.get_num_threads(),
     )
-    return out
+    return out.view(-1, last.columns) if groups == 1 else out.transpose(0, 1)
 
 
 def _array(tensor: Tensor | None) -> np.ndarray | None:
