@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from fastrank.data import RankingList
 
 DEFAULT_MODEL = "cross-encoder/ms-marco-MiniLM-L6-v2"
-DEFAULT_MAX_BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
+DEFAULT_MAX_BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
 DTYPES = {
     "float32": "float32",
     "fp32": "float32",

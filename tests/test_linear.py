@@ -82,6 +82,22 @@ def test_accuracy_of_activations(backend, activation, precision):
     assert_accurate(x * 5, first, {"activation": activation}, backend)
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(("rows", "groups", "each"), [(1, 2, 16), (50, 3, 16), (13, 6, 32), (97, 2, 48), (0, 2, 16)])
+def test_groups_are_the_same_numbers_elsewhere(backend, rows, groups, each, precision):
+    x, first, _ = make(rows, 70, groups * each, precision)
+    together = ops.linear(x, first, activation="gelu", backend=backend)
+    apart = ops.linear(x, first, activation="gelu", groups=groups, backend=backend)
+    assert torch.equal(apart, together.view(rows, groups, each))
+    assert apart.stride(2) == 1 and apart.transpose(0, 1).is_contiguous()
+
+
+def test_the_gelu_of_int8_is_off_by_a_fiftieth_of_a_step():
+    x = torch.cat([torch.linspace(-9, 9, 100_001), torch.tensor([-1e30, 1e30])]).double()
+    exact = torch.nn.functional.gelu(x)
+    assert ((reference.gelu_polynomial(x) - exact).abs() <= 1.9e-4 + 1e-7 * exact.abs()).all()
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(
     ("rows", "depth", "columns", "second"), [(5, 33, 70, 21), (100, 96, 200, 48), (49, 384, 1536, 384)]
@@ -203,6 +219,8 @@ def test_bad_input():
         ops.linear(x, first, activation="swish")
     with pytest.raises(ValueError, match="one precision"):
         ops.linear(x, first, second=ops.freeze_linear(torch.ones(5, 6), torch.ones(5), "int8"))
+    with pytest.raises(ValueError, match=r"groups=2: only .* multiple of 16 columns, not 6 columns"):
+        ops.linear(x, first, groups=2)
     with pytest.raises(ValueError, match="no gradient"):
         ops.linear(x.requires_grad_(), first)
 
