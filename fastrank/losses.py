@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import math
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -21,7 +21,8 @@ from fastrank import ops
 
 __all__ = ["LOSSES", "Loss", "UnknownLoss", "WeightedSum", "count_terms", "resolve_loss"]
 
-SMALLEST = 1e-30  # of positive options: scores over it must stay float32 numbers
+SMALLEST = 1e-30  # of positive options: usual scores over it are still float32 numbers
+LARGEST_COUNT = 2**62
 
 
 class UnknownLoss(KeyError, ValueError):
@@ -56,12 +57,12 @@ class Option:
         elif self.kind == "flag":
             holds, rule = isinstance(value, bool), "must be True or False"
         elif self.kind == "count":
-            holds = isinstance(value, Integral) and not isinstance(value, bool) and value > 0
+            holds = isinstance(value, Integral) and not isinstance(value, bool) and 0 < value <= LARGEST_COUNT
             rule = "must be a whole number above 0"
         else:
-            holds = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+            holds = isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
             holds = holds and (self.kind == "number" or value > SMALLEST)
-            rule = "must be a finite number" + (" above 0" if self.kind == "positive" else "")
+            rule = "must be a finite number" + (f" above {SMALLEST}" if self.kind == "positive" else "")
         if not holds:
             raise ValueError(f"{name}={value!r}: {rule}{' or None' if self.optional else ''}.")
         if value is None or self.kind in ("choice", "flag"):
@@ -99,14 +100,15 @@ class Loss:
         check: bool | None = None,
         **options: object,
     ) -> Tensor:
-        """The loss of a ragged batch of lists, differentiable once in the scores.
+        """The loss of a ragged batch of lists, differentiable once in the scores: a second derivative of a step leaves
+        out what the loss itself has of one.
 
         Args:
-            scores: (documents,) float32, bf16 or fp16, computed in float32; float64 stays float64. The gradient has the
-                scores' dtype. Constants far from 0 (1e4) do no harm.
-            labels: (documents,) any real dtype, higher is better. Equal labels are a tier without order inside: no pair
-                lies in it, and in losses of ranks its documents share their average rank. `labels` says whether
-                infinite ones are welcome.
+            scores: (documents,) float32, bf16 or fp16, computed in float32, as which the loss comes out; float64 stays
+                float64. The gradient has the scores' dtype. Constants far from 0 (1e4) do no harm.
+            labels: (documents,) bool, integers up to 2^53 or floating point, higher is better. Equal labels are a tier
+                without order inside: no pair lies in it, and in losses of ranks its documents share their average rank.
+                `labels` says whether infinite ones are welcome.
             list_offsets: (lists + 1,) int32 or int64; lists of 2, 0 and 3 documents are [0, 2, 2, 5].
             reduction: "mean" over all terms of the batch; "list_mean" = the mean of the means of the lists that have a
                 term; "none" = the sum over each list's terms, (lists,); "sum" over all terms.
@@ -120,10 +122,14 @@ class Loss:
             tier have no pair and so none in a loss over pairs.
 
         Raises:
+            TypeError: What is no tensor.
             ValueError: Shapes, dtypes or offsets that do not fit, values that are not numbers (with their position), an
                 unknown reduction or option.
         """
         options = self.fill(options)
+        for name, value in (("scores", scores), ("labels", labels), ("list_offsets", list_offsets)):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name} must be a torch tensor, not {type(value).__name__}.")
         if scores.dtype in (torch.bfloat16, torch.float16):
             scores = scores.float()
         check = self.allowed_labels(options) if check or (check is None and scores.device.type == "cpu") else ""

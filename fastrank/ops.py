@@ -229,12 +229,13 @@ def listwise(
 ) -> tuple[Tensor, Tensor]:
     """The terms of a listwise loss, summed and counted list by list, and reduced; differentiable once in scores.
 
-    name: a loss of fastrank.losses.LOSSES, which is what a user calls. scores, labels: (documents,); labels of any real
-    dtype, higher is better. list_offsets: int32 or int64 (lists + 1,). options: all options of the loss, as Loss.fill
-    returns them. reduction: a name of REDUCTIONS. check: which labels the loss allows, a key of LABELS; scores must
-    then be finite, too; "" looks at no value. Returns the sums (lists,), or one number where they are reduced, in the
-    scores' dtype, and the counts int64 (lists,). Raises ValueError with the offending shapes or values. To
-    torch.compile it is one operator, torch.ops.fastrank.listwise, whose third output is the gradients of the sums.
+    name: a loss of fastrank.losses.LOSSES, which is what a user calls. scores, labels: (documents,); labels bool,
+    integers up to 2^53 or floating point, higher is better. list_offsets: int32 or int64 (lists + 1,). options: all
+    options of the loss, as Loss.fill returns them. reduction: a name of REDUCTIONS. check: which labels the loss
+    allows, a key of LABELS; scores must then be finite, too; "" looks at no value. Returns the sums (lists,), or one
+    number where they are reduced, in the scores' dtype, and the counts int64 (lists,). Raises ValueError with the
+    offending shapes or values. To torch.compile it is one operator, torch.ops.fastrank.listwise, whose third output is
+    the gradients of the sums.
     """
     _require(
         scores.dim() == 1 and labels.shape == scores.shape,
@@ -247,11 +248,13 @@ def listwise(
         raise ValueError(f"scores must be floating point numbers, not {scores.dtype}.")
     if labels.is_complex():
         raise ValueError(f"labels must be real numbers, not {labels.dtype}.")
-    if labels.device != scores.device:
-        raise ValueError(f"labels must be on {scores.device}, where the scores are, not on {labels.device}.")
+    for what, tensor in (("labels", labels), ("list_offsets", list_offsets)):
+        if tensor.device != scores.device:
+            raise ValueError(f"{what} must be on {scores.device}, where the scores are, not on {tensor.device}.")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction={reduction!r}: choose one of {', '.join(REDUCTIONS)}.")
-    return _FusedLoss.apply(scores, labels, list_offsets, reduction, (name, backend, check), UNUSED_OPTIONS | options)
+    given = scores, labels.detach(), list_offsets
+    return _FusedLoss.apply(*given, reduction, (name, backend, check), UNUSED_OPTIONS | options)
 
 
 REDUCTIONS = ("mean", "list_mean", "none", "sum")  # as Loss.__call__ describes them
@@ -300,8 +303,8 @@ def _fake_listwise(scores, labels, list_offsets, name, backend, check, **options
 
 
 class _FusedLoss(torch.autograd.Function):
-    """The kernel writes the gradients of the sums in the forward pass, where they are reduced as the sums are; the
-    backward pass only scales them."""
+    """The kernel writes the gradients of the sums in the forward pass, where they are divided by what the sums are; the
+    backward pass only scales them. Dividing in place is safe: the operator's outputs are fresh memory."""
 
     @staticmethod
     def forward(
@@ -321,25 +324,22 @@ class _FusedLoss(torch.autograd.Function):
             value, gradients = value.sum() / num_terms, gradients.div_(num_terms)
         elif reduction == "list_mean":
             shares = 1 / (terms.clamp(min=1) * terms.count_nonzero().clamp_(min=1)).to(value.dtype)
-            value, gradients = (value * shares).sum(), gradients.mul_(_each_document(shares, list_offsets, gradients))
+            each = shares.repeat_interleave(list_offsets.diff(), output_size=len(gradients))
+            value, gradients = (value * shares).sum(), gradients.mul_(each)
         elif reduction == "sum":
             value = value.sum()
-        ctx.reduction = reduction
-        ctx.save_for_backward(gradients, list_offsets)
+        # Only unreduced sums need to know how long lists are.
+        ctx.save_for_backward(gradients, *([list_offsets.diff()] if reduction == "none" else []))
         ctx.mark_non_differentiable(terms)
         return value, terms
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream: Tensor, _terms: Tensor | None):
-        gradients, list_offsets = ctx.saved_tensors
-        if ctx.reduction == "none":
-            upstream = _each_document(upstream, list_offsets, gradients)
+        gradients, *lengths = ctx.saved_tensors
+        if lengths:
+            upstream = upstream.repeat_interleave(lengths[0], output_size=len(gradients))
         return gradients * upstream, None, None, None, None, None
-
-
-def _each_document(per_list: Tensor, list_offsets: Tensor, documents: Tensor) -> Tensor:
-    return per_list.repeat_interleave(list_offsets.diff(), output_size=len(documents))
 
 
 # What a loss may demand of labels: a sentence for the others, and which these are.

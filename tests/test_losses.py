@@ -298,7 +298,7 @@ def test_unknown_names_point_to_the_nearest():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": 0}, "temperature=0: must be a finite number above 0"),
+        ({"temperature": 0}, "temperature=0: must be a finite number above 1e-30"),
         ({"temperature": -1.0}, "temperature=-1.0"),
         ({"temperature": math.nan}, "temperature=nan"),
         ({"temperature": math.inf}, "temperature=inf"),
@@ -570,3 +570,46 @@ def test_tiers_have_no_order_inside(name):
         tier = draw_scores(size=3).requires_grad_()
         loss = LOSSES[name](tier, labels[3:6], torch.tensor([0, 3]))
         assert loss == 0 and not gradient_of(loss, tier).any()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_tensors_of_inference_mode(name, backend):
+    """What a teacher's forward pass returns there: as labels and offsets of a training step, and to be measured."""
+    scores, labels, offsets = torch.randn(5), torch.tensor([0.9, 0.1, 0.5, 0.2, 0.7]), torch.tensor([0, 2, 5])
+    expected = LOSSES[name](scores, labels, offsets, backend=backend)
+    with torch.inference_mode():
+        made = scores * 1, labels * 1, offsets * 1
+        assert torch.equal(LOSSES[name](*made, backend=backend), expected)
+    with torch.no_grad():
+        assert torch.equal(LOSSES[name](*made, backend=backend), expected)
+    for reduction in ("mean", "list_mean", "none", "sum"):
+        leaf = scores.clone().requires_grad_()
+        LOSSES[name](leaf, *made[1:], reduction=reduction, backend=backend).sum().backward()
+        other = scores.clone().requires_grad_()
+        LOSSES[name](other, labels, offsets, reduction=reduction, backend=backend).sum().backward()
+        assert torch.equal(leaf.grad, other.grad)
+
+
+def test_offsets_may_be_written_over_before_the_backward_pass():
+    for reduction in ("mean", "none"):
+        scores, offsets = torch.randn(5, requires_grad=True), torch.tensor([0, 2, 5])
+        loss = LOSSES["mse"](scores, torch.ones(5), offsets, reduction=reduction)
+        offsets.zero_()
+        loss.sum().backward()
+        factor = 5 if reduction == "mean" else 1
+        torch.testing.assert_close(scores.grad, 2 * (scores.detach() - 1) / factor)
+
+
+def test_what_is_no_tensor_or_lies_elsewhere():
+    scores, labels, offsets = torch.zeros(5), torch.ones(5), torch.tensor([0, 2, 5])
+    with pytest.raises(TypeError, match="list_offsets must be a torch tensor, not list"):
+        LOSSES["ranknet"](scores, labels, [0, 2, 5])
+    with pytest.raises(TypeError, match="labels must be a torch tensor, not ndarray"):
+        LOSSES["ranknet"](scores, labels.numpy(), offsets)
+    with pytest.raises(ValueError, match="list_offsets must be on cpu, where the scores are, not on meta"):
+        LOSSES["ranknet"](scores, labels, offsets.to("meta"))
+    for options in ({"temperature": 10**400}, {"k": 2**70}):
+        with pytest.raises(ValueError, match="must be a"):
+            LOSSES["lambda"](scores, labels, offsets, **options)
+    assert not LOSSES["mse"](scores, labels.requires_grad_(), offsets).requires_grad

@@ -37,8 +37,8 @@ def lambda_loss(
     """RankNet whose pairs weigh what exchanging them does to nDCG. LambdaLoss: Wang et al. 2018; LambdaRank: Burges et
     al. 2006.
 
-    Ranks are by score, equal scores in input order. With k, a pair counts where one of the two ranks within k (eq. 18
-    there), and gains are normalised by the ideal DCG at k. A list without a gain has only pairs of weight 0.
+    Ranks are by score, equal scores in input order. With k, only pairs weigh anything of which one ranks within k
+    (eq. 18 there), and gains are normalised by the ideal DCG at k. A list without a gain has only pairs of weight 0.
     """
     prefers = _prefers(labels)
     rank = ranks(scores.detach(), "first")
@@ -300,7 +300,8 @@ def listwise(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sums (lists,), terms (lists,) and the gradients of the sums (documents,), which autograd finds.
 
-    Inside an operator that torch.compile calls, autograd is switched off for the calling thread, hence another one.
+    Inside an operator that torch.compile calls, and in inference mode, autograd is switched off for the calling thread,
+    hence another one.
     """
     arguments = name, scores, labels, list_offsets, options
     if _autograd_records():
@@ -320,7 +321,9 @@ def _sum_and_differentiate(name: str, scores: Tensor, labels: Tensor, list_offse
     loss = LOSSES[name][0]
     labels = labels.long() if labels.dtype == torch.bool else labels
     with torch.enable_grad():
-        scores = scores.detach().requires_grad_()
+        # Copies, since autograd takes no tensor that was made in inference mode.
+        scores = scores.detach().clone().requires_grad_()
+        labels = labels.detach().clone()
         sums = [
             loss(scores[begin:end], labels[begin:end], **options) if begin < end else scores[:0].sum()
             for begin, end in pairwise(list_offsets.tolist())
