@@ -1,4 +1,4 @@
-"""Builds fastrank._cpu: each kernel file once per instruction set, the bindings once. Needs C++17, not torch."""
+"""Builds fastrank._cpu: each kernel file once per instruction set, the rest once. Needs C++17, not torch."""
 
 import platform
 from pathlib import Path
@@ -22,7 +22,9 @@ if X86:
             [f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni")] + ["-mfma", "-mprefer-vector-width=512"],
         ),
     ]
-KERNELS = sorted(str(path) for path in Path("csrc").glob("*.cpp") if path.name != "bindings.cpp")
+# What is no arithmetic is compiled once, for every processor.
+COMPILED_ONCE = ["csrc/bindings.cpp", "csrc/wordpiece.cpp"]
+KERNELS = sorted(path for path in map(str, Path("csrc").glob("*.cpp")) if path not in COMPILED_ONCE)
 HEADERS = sorted(str(path) for path in Path("csrc").glob("*.hpp"))
 # -fno-math-errno lets sqrt vectorise; -Wno-psabi: vector arguments never cross a compiled boundary. NaN and infinity
 # keep their meaning, hence no -ffast-math.
@@ -48,7 +50,7 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "fastrank._cpu",
-            ["csrc/bindings.cpp"],
+            COMPILED_ONCE,
             depends=HEADERS + KERNELS,
             extra_compile_args=FLAGS,
             extra_link_args=["-fopenmp"],

@@ -10,11 +10,13 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <tuple>
 #include <utility>
 #include <vector>
 
 #include "kernels.hpp"
+#include "wordpiece.hpp"
 
 namespace py = pybind11;
 
@@ -140,6 +142,61 @@ void define_listwise(py::module_& m, const char* name, fastrank::ListwiseKernel*
       py::arg("terms").noconvert(), py::arg("gradients").noconvert(), py::arg("num_threads"), py::arg("temperature") = 1.0,
       py::arg("discount") = "none", py::arg("ties") = "average", py::arg("margin") = py::none(), py::arg("squared") = false,
       py::arg("weighting") = "none", py::arg("k") = py::none(), py::arg("gain") = "exponential");
+}
+
+// The values of a vector as an array that owns them.
+template <class T>
+py::array_t<T> array_of(std::vector<T>&& values) {
+  auto* const owned = new std::vector<T>(std::move(values));
+  const py::capsule owner(owned, [](void* vector) { delete static_cast<std::vector<T>*>(vector); });
+  return py::array_t<T>(int64_t(owned->size()), owned->data(), owner);
+}
+
+void define_wordpiece(py::module_& m) {
+  using fastrank::WordPiece;
+  py::class_<WordPiece>(m, "WordPiece")
+      .def(py::init<const std::vector<std::pair<std::string, int32_t>>&, const std::string&, int32_t, int64_t,
+                    std::vector<std::string>>(),
+           py::arg("vocabulary"), py::arg("continuation"), py::arg("unknown_id"), py::arg("max_characters"),
+           py::arg("left_to_reference"))
+      .def(
+          "set_page",
+          [](WordPiece& self, uint32_t page, const std::vector<py::bytes>& replacements) {
+            self.set_page(page, std::vector<std::string>(replacements.begin(), replacements.end()));
+          },
+          "Sets what a page of characters becomes; a page that is set stays.", py::arg("page"), py::arg("replacements"))
+      .def(
+          "encode",
+          [](const WordPiece& self, const py::list& texts, int64_t enough, int num_threads) {
+            std::vector<std::string_view> views(texts.size());
+            std::vector<size_t> unreadable;  // no text, or one with a lone surrogate
+            for (size_t i = 0; i < views.size(); ++i) {
+              PyObject* const text = PyList_GET_ITEM(texts.ptr(), Py_ssize_t(i));
+              Py_ssize_t size = 0;
+              const char* const bytes = PyUnicode_Check(text) ? PyUnicode_AsUTF8AndSize(text, &size) : nullptr;
+              if (bytes == nullptr) {
+                PyErr_Clear();
+                unreadable.push_back(i);
+              } else {
+                views[i] = {bytes, size_t(size)};
+              }
+            }
+            WordPiece::Encoded encoded;
+            {
+              py::gil_scoped_release released;
+              encoded = self.encode(views, enough, num_threads);
+            }
+            std::vector<int64_t> needing_pages, left(unreadable.begin(), unreadable.end());
+            for (size_t i = 0; i < views.size(); ++i) {
+              if (encoded.states[i] == WordPiece::State::NEEDS_PAGES) needing_pages.push_back(int64_t(i));
+              if (encoded.states[i] == WordPiece::State::LEFT) left.push_back(int64_t(i));
+            }
+            return py::make_tuple(array_of(std::move(encoded.ids)), array_of(std::move(encoded.ends)), needing_pages,
+                                  encoded.pages, left);
+          },
+          "ids of all texts, where each text's end, and which texts have none: those that need pages, the pages, and those "
+          "that are left to the reference. The list must not change meanwhile.",
+          py::arg("texts"), py::arg("enough"), py::arg("num_threads"));
 }
 
 }  // namespace
@@ -307,4 +364,5 @@ PYBIND11_MODULE(_cpu, m) {
   define_listwise(m, "bce", &fastrank::Kernels::bce);
   define_listwise(m, "mse", &fastrank::Kernels::mse);
   define_listwise(m, "pearson", &fastrank::Kernels::pearson);
+  define_wordpiece(m);
 }

@@ -254,10 +254,11 @@ class Reranker:
 
     def _score(self, queries: list[str], documents: list[list[str]], name: Callable[[int, int], str]) -> np.ndarray:
         """Raw scores of every query with its documents, float32, one list after the other."""
-        query_ids = dict(zip(unique := list(dict.fromkeys(queries)), self.tokenizer.encode(unique), strict=True))
-        unique = list(dict.fromkeys(text for texts in documents for text in texts))
-        enough = self.tokenizer.enough_tokens(max(map(len, query_ids.values()), default=0))
-        document_ids = dict(zip(unique, self.tokenizer.encode(unique, enough=enough), strict=True))
+        with _cpu_threads(self.num_threads):
+            query_ids = dict(zip(unique := list(dict.fromkeys(queries)), self.tokenizer.encode(unique), strict=True))
+            unique = list(dict.fromkeys(text for texts in documents for text in texts))
+            enough = self.tokenizer.enough_tokens(max(map(len, query_ids.values()), default=0))
+            document_ids = dict(zip(unique, self.tokenizer.encode(unique, enough=enough), strict=True))
         pairs = [
             self.tokenizer.pair(query_ids[query], document_ids[text])
             for query, texts in zip(queries, documents, strict=True)

@@ -3,6 +3,7 @@
 The one idea: what a tokenizer puts around a pair (BERT `[CLS] q [SEP] d [SEP]` with types 0 and 1, RoBERTa
 `<s> q </s></s> d </s>` without) is read off one probe pair, so that joining is plain array work and every family
 works. Ids, types and truncation equal `tokenizer(query, document, truncation="longest_first")` of transformers.
+WordPiece runs in C++ (fastrank.wordpiece), everything else in Hugging Face's tokenizer, which is the reference.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
+from fastrank import wordpiece
+
+BACKENDS = ("auto", "cpu", "reference")
 SURROGATES = re.compile("[\ud800-\udfff]")
 # Between two ASCII letters or digits a single space ends a word for every pre-tokenizer named below.
 WORD_BREAK = re.compile("(?<=[0-9A-Za-z]) (?=[0-9A-Za-z])")
@@ -33,8 +37,10 @@ class PairTokenizer:
         max_length: tokens a pair may have, special tokens included; default: the tokenizer's `model_max_length`.
         max_query_tokens, max_document_tokens: cut each side to so many tokens before pairs are truncated.
         num_embeddings: token ids that the model knows; default: all of the tokenizer's.
+        backend: "reference" is Hugging Face's tokenizer, "cpu" the C++ WordPiece with the same ids, "auto" that where
+            it can stand in; `backend` then says which, and `refusals` why not the C++ one.
 
-    Raises ValueError for a tokenizer that is not fast, and for limits that leave no room.
+    Raises ValueError for a tokenizer that is not fast, limits that leave no room, and a backend that cannot run.
     It may be used from several threads at once.
     """
 
@@ -46,6 +52,7 @@ class PairTokenizer:
         max_query_tokens: int | None = None,
         max_document_tokens: int | None = None,
         num_embeddings: int | None = None,
+        backend: str = "auto",
     ):
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError(
@@ -80,6 +87,14 @@ class PairTokenizer:
         self._can_cut_text = not self._keep_end and self._words_are_independent()
         self._lock = threading.Lock()
         self._num_truncated = 0
+        self._num_left_to_reference = 0
+        self.refusals = self._find_refusals()
+        if backend not in BACKENDS:
+            raise ValueError(f"There is no backend {backend!r} of tokenizers; known are {', '.join(BACKENDS)}.")
+        if backend == "cpu" and self.refusals:
+            raise ValueError(f"The backend 'cpu' cannot run this tokenizer: {' '.join(self.refusals)}")
+        self.backend = "reference" if self.refusals or backend == "reference" else "cpu"
+        self._wordpiece = wordpiece.WordPiece(self._backend) if self.backend == "cpu" else None
 
     @classmethod
     def load(
@@ -94,13 +109,14 @@ class PairTokenizer:
         revision: str | None = None,
         token: str | bool | None = None,
         local_files_only: bool = False,
+        backend: str = "auto",
     ) -> PairTokenizer:
         """Loads the tokenizer of a checkpoint.
 
         Arguments:
             name_or_path: a local folder or a name on the Hugging Face hub.
             num_positions: tokens of the longest pair that the model takes; default: no such limit.
-            num_embeddings: as above.
+            num_embeddings, backend: as above.
             max_length: default: the smaller of the tokenizer's `model_max_length` and `num_positions`.
             revision, token, local_files_only: as in transformers.
 
@@ -132,10 +148,15 @@ class PairTokenizer:
             raise ValueError(
                 f"max_length is {max_length}, but {name} has only {num_positions} positions; give at most that."
             )
-        limits = {"max_query_tokens": max_query_tokens, "max_document_tokens": max_document_tokens}
-        limits["num_embeddings"] = num_embeddings
         try:
-            return cls(tokenizer, max_length=max_length, **limits)
+            return cls(
+                tokenizer,
+                max_length=max_length,
+                max_query_tokens=max_query_tokens,
+                max_document_tokens=max_document_tokens,
+                num_embeddings=num_embeddings,
+                backend=backend,
+            )
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
 
@@ -159,6 +180,11 @@ class PairTokenizer:
         return self._num_truncated
 
     @property
+    def num_left_to_reference(self) -> int:
+        """Texts so far that the C++ backend left to Hugging Face's tokenizer."""
+        return self._num_left_to_reference
+
+    @property
     def num_token_types(self) -> int:
         """Number of token types that pairs have."""
         return int(self._type_values.max()) + 1
@@ -176,16 +202,18 @@ class PairTokenizer:
         texts = list(texts)
         if not texts:
             return []
-        cut: dict[int, str] = {}
-        if enough is not None and self._can_cut_text:
-            cut = {i: text for i, text in enumerate(texts) if isinstance(text, str) and len(text) > 16 * enough}
-        if not cut:
-            return self._encode_whole(texts)
-        for i in cut:
-            texts[i] = ""
-        ids = self._encode_whole(texts)
-        for i, text in cut.items():
-            ids[i] = self._encode_start(text, enough)
+        if self._wordpiece is None:
+            ids = self._encode_in_reference(texts, range(len(texts)), enough)
+        else:
+            ids, left = self._wordpiece.encode(texts, enough=enough if self._can_cut_text else None)
+            if left:
+                for i, found in zip(
+                    left, self._encode_in_reference([texts[i] for i in left], left, enough), strict=True
+                ):
+                    ids[i] = found
+                with self._lock:
+                    self._num_left_to_reference += len(left)
+        self._check_embeddings(texts, ids)
         return ids
 
     def enough_tokens(self, longest_query: int) -> int | None:
@@ -248,30 +276,48 @@ class PairTokenizer:
     def _cut(self, ids: np.ndarray, count: int) -> np.ndarray:
         return ids[len(ids) - count :] if self._keep_end else ids[:count]
 
-    def _encode_whole(self, texts: list[str]) -> list[np.ndarray]:
+    def _find_refusals(self) -> list[str]:
+        normalizer, pre_tokenizer = (
+            [part["type"] for part in _flatten(component)]
+            for component in (self._backend.normalizer, self._backend.pre_tokenizer)
+        )
+        return wordpiece.refusals(self._backend, normalizer, pre_tokenizer)
+
+    def _check_embeddings(self, texts: list[str], ids: list[np.ndarray]) -> None:
+        if self._num_embeddings >= len(self._tokenizer):
+            return
+        for text, one in zip(texts, ids, strict=True):
+            if one.max(initial=-1) >= self._num_embeddings:
+                raise ValueError(
+                    f"The text {text[:60]!r} has the token id {one.max()}, but the model has embeddings for "
+                    f"{self._num_embeddings}: the tokenizer is another model's."
+                )
+
+    def _encode_in_reference(self, texts: list[str], positions: Sequence[int], enough: int | None) -> list[np.ndarray]:
+        cut: dict[int, str] = {}
+        if enough is not None and self._can_cut_text:
+            cut = {i: text for i, text in enumerate(texts) if isinstance(text, str) and len(text) > 16 * enough}
+        ids = self._encode_whole(["" if i in cut else text for i, text in enumerate(texts)], positions)
+        for i, text in cut.items():
+            ids[i] = self._encode_start(text, enough)
+        return ids
+
+    def _encode_whole(self, texts: list[str], positions: Sequence[int]) -> list[np.ndarray]:
         try:
             encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         except TypeError:  # how the Rust side answers both a lone surrogate and a text that is no str
-            texts = [_without_surrogates(text, i) for i, text in enumerate(texts)]
+            texts = [_without_surrogates(text, i) for i, text in zip(positions, texts, strict=True)]
             encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
-        ids = [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
-        if self._num_embeddings < len(self._tokenizer):
-            for text, one in zip(texts, ids, strict=True):
-                if one.max(initial=-1) >= self._num_embeddings:
-                    raise ValueError(
-                        f"The text {text[:60]!r} has the token id {one.max()}, but the model has embeddings for "
-                        f"{self._num_embeddings}: the tokenizer is another model's."
-                    )
-        return ids
+        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
 
     def _encode_start(self, text: str, enough: int) -> np.ndarray:
         size = CHARACTERS_PER_TOKEN * enough
         while (found := WORD_BREAK.search(text, size)) and found.start() < len(text) // 2:
-            (ids,) = self._encode_whole([text[: found.start()]])
+            (ids,) = self._encode_whole([text[: found.start()]], [0])
             if len(ids) >= enough:
                 return ids
             size = 4 * found.start()
-        return self._encode_whole([text])[0]
+        return self._encode_whole([text], [0])[0]
 
     def _words_are_independent(self) -> bool:
         """Whether cutting a text at WORD_BREAK leaves the ids before the cut as they were."""
