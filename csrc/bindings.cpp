@@ -154,7 +154,7 @@ py::array_t<T> array_of(std::vector<T>&& values) {
 
 void define_wordpiece(py::module_& m) {
   using fastrank::WordPiece;
-  py::class_<WordPiece>(m, "WordPiece")
+  py::class_<WordPiece>(m, "WordPiece", py::module_local())
       .def(py::init<const std::vector<std::pair<std::string, int32_t>>&, const std::string&, int32_t, int64_t,
                     std::vector<std::string>>(),
            py::arg("vocabulary"), py::arg("continuation"), py::arg("unknown_id"), py::arg("max_characters"),

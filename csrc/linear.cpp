@@ -75,15 +75,20 @@ struct IntegerProduct {
   static constexpr bool IS_INT8 = true;
   static constexpr int64_t GROUP = 4;
 
+  struct Levels {
+    float scale, low;
+  };
+
   uint8_t* values;
-  int64_t stride, blocks;
-  float *scales, *lows;  // (rows, blocks)
+  int64_t stride, blocks, filled_rows;
+  Levels* levels;  // (blocks, rows filled up): those of a tile are neighbours; what fills up is read and never used
 
   IntegerProduct(const float* x, int64_t rows, const LinearWeights& weights, Scratch& scratch)
-      : stride(round_up(weights.depth, INT8_BLOCK)), blocks(stride / INT8_BLOCK) {
+      : stride(round_up(weights.depth, INT8_BLOCK)), blocks(stride / INT8_BLOCK), filled_rows(rows + TALL) {
     values = reinterpret_cast<uint8_t*>(scratch.take(divide_up(rows * stride, sizeof(float))));
-    scales = scratch.take(rows * blocks);
-    lows = scratch.take(rows * blocks);
+    levels = reinterpret_cast<Levels*>(scratch.take(2 * blocks * filled_rows));
+    for (int64_t block = 0; block < blocks; ++block)
+      std::fill_n(levels + block * filled_rows + rows, TALL, Levels{0.f, 0.f});
     for (int64_t row = 0; row < rows; ++row)
       for (int64_t block = 0; block < blocks; ++block) {
         const int64_t begin = block * INT8_BLOCK, count = weights.depth - begin;
@@ -93,12 +98,12 @@ struct IntegerProduct {
           std::fill(std::copy(from, from + count, filled), filled + INT8_BLOCK, from[0]);
           from = filled;
         }
-        quantise(from, values + row * stride + begin, scales[row * blocks + block], lows[row * blocks + block]);
+        levels[block * filled_rows + row] = quantise(from, values + row * stride + begin);
       }
   }
   static int64_t scratch_floats(int64_t rows, const LinearWeights& weights) {
     const int64_t stride = round_up(weights.depth, INT8_BLOCK);
-    return divide_up(rows * stride, sizeof(float)) + 2 * rows * (stride / INT8_BLOCK) + 3 * 16;
+    return divide_up(rows * stride, sizeof(float)) + 2 * (rows + TALL) * (stride / INT8_BLOCK) + 2 * 16;
   }
 
   template <int ROWS>
@@ -106,10 +111,8 @@ struct IntegerProduct {
                                     int64_t column) const {
     Operands<uint8_t, int8_t, ROWS> of(values, stride, row, count, weights, column, stride);
     const int64_t filled = round_up(weights.columns, PANEL);
-    const float* block_scales[ROWS];
-    for (int r = 0; r < ROWS; ++r) block_scales[r] = scales + (row + std::min<int64_t>(r, count - 1)) * blocks;
-    const int64_t to_lows = lows - scales;
-    for (int64_t block = 0; block < blocks; ++block) {
+    const Levels* of_rows = levels + row;
+    for (int64_t block = 0; block < blocks; ++block, of_rows += filled_rows) {
       vint exact[ROWS][WIDTH] = {};
       for (int64_t k = block * INT8_BLOCK; k < (block + 1) * INT8_BLOCK; k += GROUP, of.right += PANEL * GROUP)
         for (int r = 0; r < ROWS; ++r)
@@ -118,21 +121,23 @@ struct IntegerProduct {
       for (int v = 0; v < WIDTH; ++v) {
         const int64_t place = block * filled + column + v * LANES;
         const vfloat scale = load(weights.scales + place), total = load(weights.sums + place);
-        for (int r = 0; r < ROWS; ++r)
-          sums[r][v] += to_float(exact[r][v]) * (scale * block_scales[r][block]) + total * block_scales[r][to_lows + block];
+        for (int r = 0; r < ROWS; ++r) {
+          sums[r][v] += total * of_rows[r].low;
+          sums[r][v] += to_float(exact[r][v]) * (scale * of_rows[r].scale);
+        }
       }
     }
   }
 
  private:
-  static void quantise(const float* x, uint8_t* levels, float& scale, float& low) {
+  static Levels quantise(const float* x, uint8_t* values) {
     vfloat least = load(x), largest = least, spoiled = splat(0.f);  // spoiled: NaN where x is not finite
     for (int64_t i = 0; i < INT8_BLOCK; i += LANES) {
       const vfloat value = load(x + i);
       least = min(value, least), largest = max(value, largest), spoiled += value * 0.f;
     }
-    low = -max_lane(-least);
-    scale = (max_lane(largest) - low) / 255.f;
+    const float low = -max_lane(-least);
+    float scale = (max_lane(largest) - low) / 255.f;
     if (!(scale > LEAST_STEP)) scale = 0.f;
     const float inverse = scale > 0.f ? 1.f / scale : 0.f;
     constexpr float SHIFTER = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, to even where two are as near
@@ -142,38 +147,41 @@ struct IntegerProduct {
         const vfloat exact = rounded((load(x + i + part * LANES) - low) * inverse);
         steps[part] = as_int(exact + SHIFTER) - as_int(splat(SHIFTER));
       }
-      store_bytes(levels + i, steps);
+      store_bytes(values + i, steps);
     }
-    low += sum(spoiled);
+    return {scale, low + sum(spoiled)};
   }
 };
 
+// One tile; targets: where the vectors of the block's first row go.
 template <class Product, int ROWS>
 FASTRANK_INLINE void multiply_tile(const Product& left, int64_t row, int64_t count, const LinearWeights& weights, int64_t column,
-                                   const Target& out) {
-  vfloat sums[ROWS][WIDTH] = {};
+                                   float* const (&targets)[WIDTH], int64_t row_stride) {
+  vfloat sums[ROWS][WIDTH];
+  for (int v = 0; v < WIDTH; ++v)
+    for (int r = 0; r < ROWS; ++r) sums[r][v] = load(weights.bias + column + v * LANES);
   left.add_products(sums, row, count, weights, column);
-  for (int v = 0; v < WIDTH && column + v * LANES < weights.columns; ++v) {
-    const int64_t first = column + v * LANES;
-    const vfloat bias = load(weights.bias + first);
+  for (int v = 0; v < WIDTH && column + v * LANES < weights.columns; ++v)
     for (int r = 0; r < ROWS && r < count; ++r)
-      store_lanes(out.at(row + r, first), sums[r][v] + bias, weights.columns - first);
-  }
+      store_lanes(targets[v] + (row + r) * row_stride, sums[r][v], weights.columns - column - v * LANES);
 }
 
 // out = x W^T + bias for a block of rows.
 template <class Product>
 void multiply(const float* x, int64_t rows, const LinearWeights& weights, const Target& out, Scratch& scratch) {
   const Product left(x, rows, weights, scratch);
-  for (int64_t column = 0; column < weights.columns; column += PANEL)
+  for (int64_t column = 0; column < weights.columns; column += PANEL) {
+    float* targets[WIDTH];
+    for (int v = 0; v < WIDTH; ++v) targets[v] = out.at(0, std::min(column + v * LANES, weights.columns - 1));
     for (int64_t row = 0; row < rows;) {
       const int height = tile_height(rows - row);
       if (height == TALL)
-        multiply_tile<Product, TALL>(left, row, rows - row, weights, column, out);
+        multiply_tile<Product, TALL>(left, row, rows - row, weights, column, targets, out.group_columns);
       else
-        multiply_tile<Product, SHORT>(left, row, rows - row, weights, column, out);
+        multiply_tile<Product, SHORT>(left, row, rows - row, weights, column, targets, out.group_columns);
       row += height;
     }
+  }
 }
 
 template <class Function>
