@@ -6,8 +6,6 @@ that its own documentation recommends for transformers.
 
 from __future__ import annotations
 
-import functools
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +16,12 @@ from transformers import AutoModelForSequenceClassification
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
-@functools.cache
 def exported(folder: Path) -> Path:
-    """The checkpoint as an ONNX file whose batch and length are free."""
+    """The checkpoint as an ONNX file whose batch and length are free, in its folder; made once."""
+    target = Path(folder) / "model.onnx"
+    if target.exists():
+        return target
     model = AutoModelForSequenceClassification.from_pretrained(folder, attn_implementation="eager").eval()
-    target = Path(tempfile.mkdtemp(prefix="fastrank-onnx-")) / "model.onnx"
     example = {name: torch.ones(2, 7, dtype=torch.int64) for name in INPUTS}
     axes = {name: {0: "batch", 1: "length"} for name in INPUTS}
     torch.onnx.export(
@@ -62,7 +61,9 @@ class OnnxRuntime(_Engine):
         if dtype == "int8":
             quantised = path.with_name("int8.onnx")
             has_vnni = "avx512_vnni" in Path("/proc/cpuinfo").read_text()
-            quantize_dynamic(path, quantised, weight_type=QuantType.QInt8, per_channel=True, reduce_range=not has_vnni)
+            if not quantised.exists():
+                options = {"weight_type": QuantType.QInt8, "per_channel": True, "reduce_range": not has_vnni}
+                quantize_dynamic(path, quantised, **options)
             path = quantised
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()

@@ -146,12 +146,12 @@ def _peak_extra_bytes(run: Callable[[], object], device: str) -> int | None:
         Path("/proc/self/clear_refs").write_text("5")
     except (OSError, AttributeError):
         return None
-    before = _resident_bytes("VmRSS")
+    before = resident_bytes("VmRSS")
     run()
-    return max(0, _resident_bytes("VmHWM") - before)
+    return max(0, resident_bytes("VmHWM") - before)
 
 
-def _resident_bytes(name: str) -> int:
+def resident_bytes(name: str) -> int:
     return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 

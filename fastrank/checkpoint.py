@@ -63,9 +63,9 @@ def load_model(
     """
     if head not in ("required", "initialise"):
         raise ValueError(f"head must be 'required' or 'initialise', not {head!r}.")
-    find = _finder(name_or_path, revision=revision, token=token, local_files_only=local_files_only)
+    find = find_files(name_or_path, revision=revision, token=token, local_files_only=local_files_only)
     try:
-        config = _read_config(name_or_path, find)
+        config = read_config(name_or_path, find)
         weights = _read_weights(name_or_path, find)
         model = from_hub(config, weights, may_initialise=head == "initialise", seed=seed, dropout=dropout)
     except ValueError as error:
@@ -97,15 +97,15 @@ def save_model(folder: str | os.PathLike, model: CrossEncoder, tokenizer: "PairT
     save_file(to_hub(model), aside / "model.safetensors", metadata={"format": "pt"})
     shutil.copymode(aside / "config.json", aside / "model.safetensors")  # which comes readable by its owner alone
     for path in aside.iterdir():
-        _flush(path)
+        flush(path)
     if folder.exists():
         for path in list(aside.iterdir()):
             path.replace(folder / path.name)
         aside.rmdir()
-        _flush(folder)
+        flush(folder)
     else:
         aside.rename(folder)
-    _flush(folder.parent)
+    flush(folder.parent)
 
 
 def score_activation(config: Mapping[str, Any]) -> Literal["none", "sigmoid"]:
@@ -127,7 +127,8 @@ def score_activation(config: Mapping[str, Any]) -> Literal["none", "sigmoid"]:
     return ACTIVATIONS[path]
 
 
-def _read_config(name_or_path: str | os.PathLike, find: Callable[[str], Path | None]) -> dict[str, Any]:
+def read_config(name_or_path: str | os.PathLike, find: Callable[[str], Path | None]) -> dict[str, Any]:
+    """The checkpoint's config.json, with what other files of the folder add to it. find: from find_files."""
     path = find("config.json")
     if path is None:
         raise FileNotFoundError(f"{name_or_path} has no config.json: {LOCAL_PATH_HINT}.")
@@ -193,8 +194,12 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path.name} is not valid JSON: {error}.") from error
 
 
-def _finder(
-    name_or_path: str | os.PathLike, *, revision: str | None, token: str | bool | None, local_files_only: bool
+def find_files(
+    name_or_path: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
 ) -> Callable[[str], Path | None]:
     """A function from a file's name to its path on this machine, None if the checkpoint has no such file."""
     folder = Path(name_or_path).expanduser()
@@ -240,7 +245,7 @@ def _hub_finder(
     return find
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Have the operating system write a file, or a folder's list of names, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:

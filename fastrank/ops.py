@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from fastrank.backend import choose
 from fastrank.kernels.linear.weights import LinearWeights
 from fastrank.kernels.linear.weights import freeze as freeze_linear
+from fastrank.kernels.linear.weights import restore as restore_linear
 
 __all__ = [
     "LinearWeights",
@@ -27,6 +28,8 @@ __all__ = [
     "listwise",
     "listwise_terms",
     "padded_attention",
+    "release_linear",
+    "restore_linear",
 ]
 
 
@@ -210,6 +213,18 @@ def linear(
     return choose("linear", backend, x).linear(
         x, first, activation, second, residual, norm_weight, norm_bias, float(eps), groups
     )
+
+
+def release_linear(weights: LinearWeights) -> None:
+    """Packs frozen weights for the backend that runs here, and gives back the memory of what they were packed from.
+
+    Another backend or instruction set then refuses them with a RuntimeError. Where the backend packs nothing, nothing
+    happens.
+    """
+    kernel = choose("linear", "auto", weights.bias)
+    if hasattr(kernel, "pack"):
+        kernel.pack(weights)
+        object.__setattr__(weights, "weight", weights.weight.to("meta"))
 
 
 LINEAR_ACTIVATIONS = ("none", "gelu", "gelu_tanh", "relu")

@@ -24,6 +24,8 @@ from fastrank.checkpoint import WEIGHT_FILES, load_model, score_activation
 from fastrank.command_line import MAX_THREADS
 from fastrank.model import CrossEncoder
 from fastrank.packing import Pair, pack_pairs, plan_batches, restore_order
+from fastrank.quantized import FILE as INT8_FILE
+from fastrank.quantized import load_int8
 from fastrank.ranking import RankedDocument, Ranking, describe, document_id, document_text
 from fastrank.tokens import PairTokenizer
 
@@ -106,12 +108,14 @@ class Reranker:
                 "max_document_tokens": max_document_tokens,
             },
             hub={"revision": revision, "token": token, "local_files_only": local_files_only},
+            prefer_int8=precision == "int8",
         )
-        loaded.requires_grad_(False).to(place)
+        loaded.requires_grad_(False)
         if place.type == "cpu" and precision in ("float32", "int8"):
-            loaded.freeze(precision)
+            if not loaded.is_frozen:
+                loaded.freeze(precision, keep_weights=False)
         else:
-            loaded.to_precision(precision)
+            loaded.to(place).to_precision(precision)
         self._set_up(
             loaded,
             tokenizer,
@@ -348,7 +352,7 @@ def _keep_loaded(model: str | os.PathLike[str], options: dict[str, Any]) -> Rera
     global _loaded
     folder = demo_folder() if model == "demo" else Path(model)
     # A folder that was trained again under the same name holds another model.
-    state = [_changed_at(folder / name) for name in ("config.json", "tokenizer.json", *WEIGHT_FILES)]
+    state = [_changed_at(folder / name) for name in ("config.json", "tokenizer.json", *WEIGHT_FILES, INT8_FILE)]
     wanted = (str(folder.absolute()) if folder.is_dir() else str(model), state, options)
     with _loading:
         if _loaded is None or _loaded[0] != wanted:
@@ -427,13 +431,19 @@ def _find_limit(top_k: int | None, top_n: int | None) -> int | None:
 
 
 def load_parts(
-    model: str | os.PathLike[str], *, limits: Mapping[str, int | None], hub: Mapping[str, Any], **model_options
+    model: str | os.PathLike[str],
+    *,
+    limits: Mapping[str, int | None],
+    hub: Mapping[str, Any],
+    prefer_int8: bool = False,
+    **model_options,
 ) -> tuple[CrossEncoder, PairTokenizer]:
     """The model and the tokenizer of a folder, of a hub name or of "demo", made to fit each other.
 
     Arguments:
         limits: max_length, max_query_tokens, max_document_tokens as in Reranker.
         hub: revision, token, local_files_only as in Reranker.
+        prefer_int8: take the stored int8 weights where there are any, frozen and without float32 weights.
         model_options: as in fastrank.checkpoint.load_model.
     """
     if not isinstance(model, (str, os.PathLike)):
@@ -441,7 +451,7 @@ def load_parts(
     for name, value in limits.items():
         check_count(name, value)
     name = os.fspath(demo_folder() if model == "demo" else model)
-    loaded = load_model(name, **model_options, **hub)
+    loaded = (load_int8(name, **hub) if prefer_int8 else None) or load_model(name, **model_options, **hub)
     settings = loaded.settings
     tokenizer = PairTokenizer.load(
         name, num_positions=loaded.max_pair_tokens, num_embeddings=settings.vocab_size, **limits, **hub

@@ -1,5 +1,6 @@
 """The re-ranker against sentence-transformers and transformers, under threads, and with all that can go wrong."""
 
+import itertools
 import json
 import random
 import re
@@ -15,11 +16,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from scipy.stats import kendalltau
 from test_tokens import MAKERS
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BertConfig
 
 import fastrank
-from fastrank import Ranking, Reranker
+from fastrank import Ranking, Reranker, _cpu
 from fastrank.data import RankingList
 from fastrank.reranker import _find_dtype, demo_folder
 
@@ -447,6 +449,22 @@ def test_precisions(tiny, reranker):
             Reranker(tiny, dtype=name)
     with pytest.raises(ValueError, match="dtype 'float8' is unknown"):
         Reranker(tiny, dtype="float8")
+
+
+def test_every_instruction_set_ranks_alike(real, monkeypatch):
+    """int8 products are the same integers everywhere, but what is quantised next may have been rounded the other way,
+    which later layers magnify: two instruction sets may differ by what quantising itself changes."""
+    pairs = [("statins", text) for text in _texts(60, lengths=(3, 8, 20, 60))]
+    scores = {}
+    for isa in _cpu.supported_isas():
+        monkeypatch.setenv("FASTRANK_CPU_ISA", isa)
+        for dtype in ("float32", "int8"):
+            scores[isa, dtype] = Reranker(real, dtype=dtype, activation="none").predict(pairs)
+    for isa, other in itertools.combinations(_cpu.supported_isas(), 2):
+        exact, quantised = scores[isa, "float32"], scores[isa, "int8"]
+        assert np.abs(exact - scores[other, "float32"]).max() <= 1e-4 * exact.std()
+        assert kendalltau(exact, scores[other, "float32"]).statistic > 0.999
+        assert (quantised - scores[other, "int8"]).std() <= 2 * (quantised - exact).std() < exact.std()
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from fastrank.model.bert import BERT
 from fastrank.model.electra import ELECTRA
 from fastrank.model.encoder import Encoder
 from fastrank.model.family import Family
-from fastrank.model.linear import freeze, set_precision
+from fastrank.model.linear import Linear, freeze, set_precision
 from fastrank.model.roberta import ROBERTA, XLM_ROBERTA
 from fastrank.model.settings import read_settings
 
@@ -72,11 +72,17 @@ class CrossEncoder(nn.Module):
         set_precision(self.encoder, precision)
         return self
 
-    def freeze(self, precision: str) -> "CrossEncoder":
+    def freeze(self, precision: str, *, keep_weights: bool = True) -> "CrossEncoder":
         """Fuse the encoder's matrix products with what follows them and run them in "float32" or "int8", with the
-        weights as they are now: for inference on a CPU. to_precision() undoes it."""
-        freeze(self.encoder, precision)
+        weights as they are now: for inference on a CPU. to_precision() undoes it, unless keep_weights is False: then
+        the memory of the float32 weights is given back, and the model can neither be trained nor saved."""
+        freeze(self.encoder, precision, keep_weights=keep_weights)
         return self
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether freeze() was called last, not to_precision()."""
+        return any(isinstance(module, Linear) and module.frozen is not None for module in self.encoder.modules())
 
     def forward(self, batch: "PackedBatch") -> Tensor:
         """Logits of each pair, (pairs, num_labels) float32; raises ValueError if a pair is too long."""

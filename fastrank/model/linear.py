@@ -48,6 +48,23 @@ class Linear(nn.Linear):
             return F.linear(x, self.weight)
         return F.linear(x.to(self.precision), self._cast_weights()[0]).to(x.dtype)
 
+    def freeze(self, precision: str, *, keep_weights: bool = True) -> None:
+        """Compute with the weights as they are now, in "float32" or "int8", for inference."""
+        self.require_weights()
+        self.frozen = ops.freeze_linear(self.weight, self.bias, precision)
+        if not keep_weights:
+            self.release_weights()
+
+    def release_weights(self) -> None:
+        """Give back the memory of all weights but the frozen ones, in the form in which they are computed with."""
+        ops.release_linear(self.frozen)
+        self.weight = nn.Parameter(self.weight.to("meta"), requires_grad=False)
+
+    def require_weights(self) -> None:
+        """Raise a ValueError where the float32 weights were given back."""
+        if self.weight.is_meta:
+            raise ValueError("The model was frozen and has given its float32 weights back: load it again.")
+
     def _cast_weights(self) -> tuple[Tensor, Tensor]:
         if self.weight.requires_grad:  # an optimizer may change it, and a fused one does not count versions up
             return self.weight.to(self.precision), self.bias.to(self.precision)
@@ -69,12 +86,13 @@ def set_precision(model: nn.Module, precision: str | torch.dtype) -> None:
         raise ValueError(f"The model does not run in precision {precision!r}; choose one of {', '.join(PRECISIONS)}.")
     for module in model.modules():
         if isinstance(module, Linear):
+            module.require_weights()
             module.precision = dtype
             module._cast = module.frozen = None
 
 
-def freeze(model: nn.Module, precision: str) -> None:
+def freeze(model: nn.Module, precision: str, *, keep_weights: bool = True) -> None:
     """Freeze the weights of every Linear inside the model as they are now, as "float32" or "int8": for inference."""
     for module in model.modules():
         if isinstance(module, Linear):
-            module.frozen = ops.freeze_linear(module.weight, module.bias, precision)
+            module.freeze(precision, keep_weights=keep_weights)

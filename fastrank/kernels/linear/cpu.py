@@ -27,9 +27,9 @@ def linear(
     out = torch.empty(groups, x.shape[0], last.columns // groups)
     _cpu.linear_forward(
         _array(x),
-        _pack(first),
+        pack(first),
         activation,
-        None if second is None else _pack(second),
+        None if second is None else pack(second),
         _array(residual),
         _array(norm_weight),
         _array(norm_bias),
@@ -45,10 +45,15 @@ def _array(tensor: Tensor | None) -> np.ndarray | None:
     return None if tensor is None else tensor.detach().contiguous().numpy()
 
 
-def _pack(weights: LinearWeights) -> tuple:
+def pack(weights: LinearWeights) -> tuple:
     """Panels of columns, and in each, groups of neighbours along the depth; columns filled up with zeros."""
     isa = _cpu.isa()
     if isa not in weights.packed:
+        if weights.weight.is_meta:
+            raise RuntimeError(
+                f"These weights are packed for {' and '.join(weights.packed)} alone, not for {isa}: load the model "
+                "again after a change of FASTRANK_CPU_ISA."
+            )
         panel, group, _ = _cpu.linear_layout(weights.scales is not None)
         columns, missing = weights.columns, -weights.columns % panel
         filled = functional.pad(weights.weight.flatten(1), (0, 0, 0, missing))

@@ -26,6 +26,8 @@ class LinearWeights:
         depth: How many values a row of x has.
         scales: (columns, blocks) float32, what one step of an int8 weight is worth; None for float32.
         packed: What a backend has made of them, by instruction set.
+
+    Once they are packed, fastrank.ops.release_linear gives back the memory of `weight`, which is a meta tensor then.
     """
 
     weight: Tensor
@@ -37,6 +39,24 @@ class LinearWeights:
     @property
     def columns(self) -> int:
         return self.weight.shape[0]
+
+
+def restore(weight: Tensor, bias: Tensor, scales: Tensor, depth: int) -> LinearWeights:
+    """int8 weights that freeze() made before; raises ValueError for what it cannot have made."""
+    shape = (len(bias), -(-depth // BLOCK), BLOCK)
+    if (
+        weight.dtype != torch.int8
+        or weight.shape != shape
+        or scales.dtype != torch.float32
+        or scales.shape != shape[:2]
+    ):
+        raise ValueError(
+            f"int8 weights must be {shape} int8 with scales {shape[:2]} float32, not {tuple(weight.shape)} "
+            f"{weight.dtype} with {tuple(scales.shape)} {scales.dtype}."
+        )
+    if weight.numel() and weight.int().abs().unflatten(2, (-1, 2)).sum(3).max() > PAIR_STEPS + 1:
+        raise ValueError(f"Neighbouring int8 weights must not be larger than {PAIR_STEPS + 1} together.")
+    return LinearWeights(weight, bias, depth, scales)
 
 
 def freeze(weight: Tensor, bias: Tensor, precision: str) -> LinearWeights:
