@@ -9,6 +9,7 @@ VERBS = {
     "train": ("fastrank.train.__main__", "main", "train a cross-encoder on ranking lists"),
     "rerank": ("fastrank.rerank_command", "rerank_command", "re-rank a TREC run or JSON lines"),
     "evaluate": ("fastrank.evaluate", "evaluate_command", "measure a run against judgments"),
+    "compare": ("fastrank.compare", "compare_command", "compare runs: means, paired tests, means over corpora"),
     "quantize": ("fastrank.quantized", "quantize_command", "store a checkpoint's int8 weights beside the others"),
     "backends": ("fastrank.backend", "backends_command", "print which backend runs which operation here, and why not"),
 }
