@@ -40,7 +40,7 @@ def test_holm():
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
 def test_holm_rejects_what_its_steps_reject(p_values):
-    """The steps as Holm wrote them: the smallest p against level / n, the next against level / (n - 1), till one fails."""
+    """The steps as Holm wrote them: the smallest p against level / n, the next against level / (n - 1), and so on."""
     corrected = holm(p_values)
     for level in (0.01, 0.05, 0.3):
         rejected = set()
