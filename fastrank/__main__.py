@@ -10,6 +10,7 @@ VERBS = {
     "rerank": ("fastrank.rerank_command", "rerank_command", "re-rank a TREC run or JSON lines"),
     "evaluate": ("fastrank.evaluate", "evaluate_command", "measure a run against judgments"),
     "compare": ("fastrank.compare", "compare_command", "compare runs: means, paired tests, means over corpora"),
+    "convert": ("fastrank.convert", "convert_command", "rewrite ranking lists in another tool's shape"),
     "quantize": ("fastrank.quantized", "quantize_command", "store a checkpoint's int8 weights beside the others"),
     "backends": ("fastrank.backend", "backends_command", "print which backend runs which operation here, and why not"),
 }

@@ -14,6 +14,7 @@ from fastrank.data.formats import (
 )
 from fastrank.data.loading import LoadedData, LoadReport, load_data, load_lists
 from fastrank.data.ranking_list import RankingList
+from fastrank.data.rows import read_rows, write_rows
 from fastrank.data.sources import DataSource
 
 __all__ = [
@@ -29,8 +30,10 @@ __all__ = [
     "read_qrels",
     "read_queries",
     "read_ranked_run",
+    "read_rows",
     "read_run",
     "write_lists",
     "write_qrels",
+    "write_rows",
     "write_run",
 ]

@@ -273,7 +273,7 @@ def parse_json_object(raw: bytes, path: object, line: int) -> dict:
 def _read_texts(
     path: str, noun: str, id_keys: Sequence[str], text_keys: Sequence[str]
 ) -> Iterator[tuple[int, str, str]]:
-    tabs = _has_tabs(path)
+    tabs = has_tabs(path)
     expected = f"{noun} id TAB text" if tabs else f"JSON objects with {id_keys[0]!r} and {text_keys[0]!r}"
     for line, raw in read_lines(path, expected):
         if tabs is None:
@@ -290,7 +290,8 @@ def _read_texts(
         yield line, fields[0].strip(), fields[1]
 
 
-def _has_tabs(path: str) -> bool | None:
+def has_tabs(path: str) -> bool | None:
+    """Whether lines are columns and not JSON, by the file's name; None where the name says nothing."""
     name = path.lower().removesuffix(".gz")
     if name.endswith((".tsv", ".txt")):
         return True

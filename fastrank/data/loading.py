@@ -18,12 +18,12 @@ from fastrank.data.formats import (
     RankedQuery,
     ranking_list_from,
     read_documents,
-    read_lists,
     read_qrels,
     read_queries,
     read_ranked_run,
 )
 from fastrank.data.ranking_list import RankingList, list_keys
+from fastrank.data.rows import read_rows
 from fastrank.data.sampling import draw_sample, has_relevant
 from fastrank.data.sources import BM25, DataSource
 
@@ -154,7 +154,7 @@ def _parts(source: Any, place: str = "") -> Iterator[DataSource | RankingList]:
 
 
 def _from_rows(source: DataSource, report: LoadReport) -> Iterator[tuple[RankingList, None]]:
-    for ranking in read_lists(source.lists):
+    for ranking in read_rows(source.lists):
         if not source.has_query(ranking.query if ranking.query_id is None else ranking.query_id):
             report.left_out["lists outside queries_part"] += 1
             continue

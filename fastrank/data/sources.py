@@ -27,7 +27,7 @@ class DataSource:
 
     Paths may hold ~ and $FASTRANK_DATA; files are plain or gzip.
 
-    lists: JSON lines {query, documents, labels}, as read_lists reads them.
+    lists: JSON lines {query, documents, labels}, or rows of another tool's shape, as read_rows reads them.
     queries, documents: texts by id, as read_queries and read_documents read them.
     run: a TREC run with the candidates; several runs (teachers) give one list per run and query; `bm25` ranks all
     documents for every query.
