@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from fastrank.data import scored_ids
 from fastrank.data.files import DataError, clean_text, decode, expand_path, name_of, read_lines, write_aside
 from fastrank.data.ranking_list import RankingList
 
@@ -41,34 +42,74 @@ class RankedQuery:
 
 
 def read_ranked_run(path: Path) -> dict[str, RankedQuery]:
-    """Read a TREC run with both its rank and its score column: {query id: RankedQuery}, rows in file order.
+    """Read a run with both its rank and its score column: {query id: RankedQuery}, rows in file order.
 
+    path: a TREC run, or one of the files of fastrank.data.scored_ids, told by its name (.parquet) and its first line;
+    without a rank column documents are ranked by score. A document that comes again for its query is an error, but for
+    Hofstaetter's pairs, where it must have the score that it had.
     Raises DataError for a wrong number of columns, a rank that is no whole number from 0, a score that is not finite,
     or a document that comes twice for one query.
     """
     path = expand_path(path)
     run: dict[str, RankedQuery] = {}
-    seen: dict[str, set[str]] = {}
-    for line, raw in read_lines(path, _RUN_LINE):
-        fields = raw.split()
-        if len(fields) != 6:
-            raise DataError(f"expected 6 columns ({_RUN_LINE}), found {len(fields)}", path, line)
-        query_id, document_id = decode(fields[0], path, line), decode(fields[2], path, line)
+    places: dict[str, dict[str, int]] = {}
+    unranked: set[str] = set()
+    for line, query_id, document_id, score, rank in _read_scored(path):
         query = run.get(query_id)
         if query is None:
             query = run[query_id] = RankedQuery()
-            seen[query_id] = set()
-        if document_id in seen[query_id]:
-            first = query.lines[query.document_ids.index(document_id)]
+            places[query_id] = {}
+        known = places[query_id].setdefault(document_id, len(query.lines))
+        if known < len(query.lines):
+            if rank == PAIRED and query.scores[known] == score:
+                continue
             raise DataError(
-                f"document {document_id!r} comes twice for query {query_id!r}; it was on line {first}", path, line
+                f"document {document_id!r} comes twice for query {query_id!r}; it was on line {query.lines[known]}",
+                path,
+                line,
             )
-        seen[query_id].add(document_id)
+        if rank is None or rank == PAIRED:
+            unranked.add(query_id)
         query.document_ids.append(document_id)
-        query.ranks.append(_whole_number(fields[3], "rank", path, line, minimum=0))
-        query.scores.append(_finite_number(fields[4], "score", path, line))
+        query.ranks.append(0 if rank is None else rank)
+        query.scores.append(score)
         query.lines.append(line)
+    for query_id in unranked:
+        query = run[query_id]
+        for rank, place in enumerate(sorted(range(len(query.scores)), key=lambda i: -query.scores[i]), start=1):
+            query.ranks[place] = rank
     return run
+
+
+PAIRED = -1  # the rank of a row that may come again
+
+
+def _read_scored(path: str) -> Iterator[tuple[int, str, str, float, int | None]]:
+    if path.lower().endswith(scored_ids.PARQUET):
+        yield from scored_ids.from_parquet(path)
+        return
+    kind = None
+    for line, raw in read_lines(path, _RUN_LINE):
+        fields = raw.split()
+        if kind is None:
+            is_pairs = scored_ids.is_hofstaetter(fields)
+            kind = "colbert" if raw.lstrip().startswith(b"[") else "pairs" if is_pairs else "trec"
+        if kind == "colbert":
+            yield from scored_ids.from_colbert(raw, path, line)
+        elif kind == "pairs" and len(fields) == 5:
+            for *found, _ in scored_ids.from_hofstaetter(fields, path, line):
+                yield *found, PAIRED
+        elif len(fields) != 6 or kind == "pairs":
+            width, form = (5, "score score query-id document-id document-id") if kind == "pairs" else (6, _RUN_LINE)
+            raise DataError(f"expected {width} columns ({form}), found {len(fields)}", path, line)
+        else:
+            yield (
+                line,
+                decode(fields[0], path, line),
+                decode(fields[2], path, line),
+                _finite_number(fields[4], "score", path, line),
+                _whole_number(fields[3], "rank", path, line, minimum=0),
+            )
 
 
 def read_run(path: Path) -> dict[str, dict[str, float]]:

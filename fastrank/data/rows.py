@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from fastrank.data.files import DataError, clean_text, decode, expand_path, name_of, read_lines, write_aside
 from fastrank.data.formats import Path, has_tabs, parse_json_object, ranking_list_from, write_lists, write_run
 from fastrank.data.ranking_list import RankingList
+from fastrank.data.scored_ids import PARQUET, read_parquet_rows
 
 Row = Mapping[str, object]
 TEXT_KEYS = ("text", "segment", "contents", "content", "body", "passage")  # of a document, as rank_llm looks for them
@@ -22,7 +23,6 @@ QUERY_KEYS = ("query", "anchor", "question")
 PAIR_TEXT_KEYS = ("passage", "document", "answer", "text", "positive")
 TRIPLE_COLUMNS = ("query", "positive", "negative")
 TOP1000_COLUMNS = ("query_id", "doc_id", "query", "text")
-PARQUET = (".parquet", ".pq")
 
 
 def read_rows(path: Path, shape: str | None = None, *, permutations: Path | None = None) -> Iterator[RankingList]:
@@ -247,7 +247,7 @@ def _read(path: str) -> Iterator[tuple[int, Row]]:
     """Rows with their numbers: lines of a text file, else places from 1."""
     lower = path.lower()
     if lower.endswith(PARQUET):
-        yield from _read_parquet(path)
+        yield from read_parquet_rows(path)
         return
     name = name_of(path)
     lines = read_lines(path, "JSON objects or tab separated columns")
@@ -277,23 +277,6 @@ def _read(path: str) -> Iterator[tuple[int, Row]]:
             wanted = width if width in (3, 4) else "3 (query, relevant text, other text) or 4 (top1000)"
             raise DataError(f"expected {wanted} columns, found {len(fields)}", name, number)
         yield number, dict(zip(TRIPLE_COLUMNS if width == 3 else TOP1000_COLUMNS, fields, strict=True))
-
-
-def _read_parquet(path: str) -> Iterator[tuple[int, Row]]:
-    try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import ParquetFile
-    except ImportError:
-        raise DataError("parquet files need the package pyarrow: pip install pyarrow", path) from None
-    try:
-        number = 0
-        with ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=256):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
-    except (ArrowException, OSError) as error:
-        raise DataError(f"is not a readable parquet file: {error}", path) from None
 
 
 def _with_answers(rows: Iterator[tuple[int, Row]], path: str, name: str) -> Iterator[tuple[int, Row]]:

@@ -1,0 +1,107 @@
+"""Files of query ids, document ids and scores that are no TREC runs, as runs: parquet, ColBERTv2's, Hofstaetter's.
+
+Rank-DistiLLM's parquet has columns qid, docno, score and rank (or those names' usual variants); ColBERTv2's scores for
+distillation are JSON lines [qid, [pid, score], ...]; Hofstaetter et al.'s are lines `score score qid pid pid`, tab
+separated, a relevant document before another. Where there is no rank, the score decides, earlier rows first in a tie.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+
+from fastrank.data.files import DataError, decode
+
+PARQUET = (".parquet", ".pq")
+PARQUET_NAMES = {
+    "query_id": ("query_id", "qid"),
+    "document_id": ("doc_id", "docno", "docid"),
+    "score": ("score",),
+    "rank": ("rank",),
+}
+Scored = tuple[int, str, str, float, int | None]  # line, query id, document id, score, rank
+
+
+def read_parquet_rows(path: str) -> Iterator[tuple[int, dict]]:
+    """Rows of a parquet file with their numbers from 1, a few at a time; DataError for what cannot be read."""
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise DataError("parquet files need the package pyarrow: pip install pyarrow", path) from None
+    try:
+        number = 0
+        with ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except FileNotFoundError:
+        raise DataError("no such file", path) from None
+    except (ArrowException, OSError) as error:
+        raise DataError(f"is not a readable parquet file: {error}", path) from None
+
+
+def from_parquet(path: str) -> Iterator[Scored]:
+    for number, row in read_parquet_rows(path):
+        found = {}
+        for name, columns in PARQUET_NAMES.items():
+            found[name] = next((row[column] for column in columns if row.get(column) is not None), None)
+            if found[name] is None and name != "rank":
+                raise DataError(f"the row has none of the columns {', '.join(columns)}", path, number)
+        rank = found["rank"]
+        if rank is not None and (rank != int(rank) or rank < 0):
+            raise DataError(f"the rank must be a whole number from 0, found {rank!r}", path, number)
+        yield (
+            number,
+            _id(found["query_id"], path, number),
+            _id(found["document_id"], path, number),
+            _score(found["score"], path, number),
+            None if rank is None else int(rank),
+        )
+
+
+def from_colbert(raw: bytes, path: str, line: int) -> Iterator[Scored]:
+    """The documents of one line [qid, [pid, score], ...]."""
+    try:
+        row = json.loads(decode(raw, path, line))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"not valid JSON: {error}", path, line) from None
+    if not isinstance(row, list) or len(row) < 2 or not all(isinstance(one, list) and len(one) == 2 for one in row[1:]):
+        raise DataError("expected [query id, [document id, score], ...]", path, line)
+    query_id = _id(row[0], path, line)
+    for document_id, score in row[1:]:
+        yield line, query_id, _id(document_id, path, line), _score(score, path, line), None
+
+
+def is_hofstaetter(fields: list[bytes]) -> bool:
+    """Whether a line's columns begin with two scores and are five."""
+    try:
+        return len(fields) == 5 and all(math.isfinite(float(field)) for field in fields[:2])
+    except ValueError:
+        return False
+
+
+def from_hofstaetter(fields: list[bytes], path: str, line: int) -> Iterator[Scored]:
+    """The two documents of one line `score score qid pid pid`."""
+    query_id = decode(fields[2], path, line)
+    for score, document_id in zip(fields[:2], fields[3:], strict=True):
+        yield line, query_id, decode(document_id, path, line), _score(score, path, line), None
+
+
+def _id(value: object, path: str, line: int) -> str:
+    if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
+        raise DataError(f"an id must be a string or a whole number, found {value!r}", path, line)
+    return str(value)
+
+
+def _score(value: object, path: str, line: int) -> float:
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        shown = decode(value, path, line) if isinstance(value, bytes) else value
+        raise DataError(f"the score must be a finite number, found {shown!r}", path, line)
+    return number

@@ -1,0 +1,86 @@
+"""Scores by id in other files than TREC runs: read as runs, wrong ones named with their line."""
+
+import gzip
+
+import pytest
+
+from fastrank.data import DataError, RankingList, load_lists, read_ranked_run, read_run
+
+
+def _write(path, text):
+    path.write_text(text)
+    return path
+
+
+def test_colbert_scores(tmp_path):
+    path = _write(tmp_path / "examples.json", '[7, [1, 0.5], ["b", 2], [3, 0.5]]\n["8", [1, -1]]\n')
+    run = read_ranked_run(path)
+    assert run["7"].document_ids == ["1", "b", "3"] and list(run["7"].scores) == [0.5, 2.0, 0.5]
+    assert list(run["7"].ranks) == [2, 1, 3], "the score decides, earlier documents first"
+    assert read_run(path) == {"7": {"1": 0.5, "b": 2.0, "3": 0.5}, "8": {"1": -1.0}}
+
+
+def test_hofstaetter_scores(tmp_path):
+    with gzip.open(tmp_path / "scores.tsv.gz", "wt") as file:
+        file.write("5.5\t-1\tq\tx\ty\n5.5\t2\tq\tx\tz\n1\t0\tr\tx\ty\n")
+    run = read_ranked_run(tmp_path / "scores.tsv.gz")
+    assert run["q"].document_ids == ["x", "y", "z"] and list(run["q"].ranks) == [1, 3, 2]
+    assert read_run(tmp_path / "scores.tsv.gz")["r"] == {"x": 1.0, "y": 0.0}
+
+
+@pytest.mark.parametrize("names", [("qid", "docno"), ("query_id", "doc_id"), ("qid", "docid")])
+def test_parquet(tmp_path, names):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow.parquet import write_table
+
+    rows = [{names[0]: 7, names[1]: d, "score": s, "rank": r} for d, s, r in (("x", 9.0, 2), ("y", 8.5, 1))]
+    write_table(pyarrow.Table.from_pylist(rows), tmp_path / "run.parquet")
+    run = read_ranked_run(tmp_path / "run.parquet")
+    assert list(run["7"].ranks) == [2, 1] and list(run["7"].scores) == [9.0, 8.5]
+    (tmp_path / "queries.tsv").write_text("7\tq\n")
+    (tmp_path / "documents.tsv").write_text("x\ta\ny\tb\n")
+    source = {"queries": tmp_path / "queries.tsv", "documents": tmp_path / "documents.tsv"}
+    (ranking,) = load_lists(source | {"run": tmp_path / "run.parquet", "targets": "rank"}, seed=0)
+    assert ranking == RankingList("q", ("b", "a"), (2.0, 1.0), "7", ("y", "x"))
+    for row in rows:
+        del row["rank"]
+    write_table(pyarrow.Table.from_pylist(rows), tmp_path / "run.parquet")
+    assert list(read_ranked_run(tmp_path / "run.parquet")["7"].ranks) == [1, 2]
+    for change, sentence in (
+        ({"score": None}, "row has none of the columns score"),
+        ({"score": float("nan")}, "score must be a finite number"),
+        ({"rank": -1}, "rank must be a whole number"),
+        ({names[1]: "y"}, "document 'y' comes twice"),
+    ):
+        write_table(pyarrow.Table.from_pylist([rows[1], rows[0] | change]), tmp_path / "run.parquet")
+        if "rank" in change:
+            write_table(pyarrow.Table.from_pylist([one | change for one in rows]), tmp_path / "run.parquet")
+        with pytest.raises(DataError, match=sentence):
+            read_ranked_run(tmp_path / "run.parquet")
+
+
+def test_missing_parquet(tmp_path):
+    pytest.importorskip("pyarrow")
+    with pytest.raises(DataError, match="no such file"):
+        read_ranked_run(tmp_path / "run.parquet")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("[7]\n", r":1: expected \[query id"),
+        ("[7, [1, 2]]\n[7, [1, 2], 3]\n", r":2: expected \[query id"),
+        ("[7, [1, 2]\n", ":1: not valid JSON"),
+        ('[7, [1, "a"]]\n', ":1: the score must be a finite number, found 'a'"),
+        ("[7, [1, NaN]]\n", ":1: the score must be a finite number"),
+        ("[true, [1, 2]]\n", ":1: an id must be a string or a whole number"),
+        ("[7, [1, 2], [1, 3]]\n", ":1: document '1' comes twice"),
+        ("1\t2\tq\tx\ty\n3\t2\tq\tx\tz\n", ":2: document 'x' comes twice"),
+        ("1\t2\tq\tx\ty\n1\t2\tq\tx\n", ":2: expected 5 columns"),
+        ("1\t2\tq\tx\ty\na\t2\tq\tx\tz\n", ":2: the score must be a finite number, found 'a'"),
+        ("q\tQ0\tx\t1\t2\n", ":1: expected 6 columns"),
+    ],
+)
+def test_wrong_lines_are_named(tmp_path, text, sentence):
+    with pytest.raises(DataError, match=sentence):
+        read_ranked_run(_write(tmp_path / "run", text))
