@@ -19,12 +19,12 @@ def main(argv: list[str] | None = None) -> int:
             from .demo import demo_command
 
             return demo_command([word for word in argv if word != "--demo"])
-        config = _parse(argv)
-        if config is None:
+        configs = _parse(argv)
+        if not configs:
             return 0
-        from .loop import train
+        from .stages import train_stages
 
-        train(config)
+        train_stages(configs)
     except (ValueError, OSError, ImportError) as error:
         print(f"fastrank.train: {error}", file=sys.stderr)
         return 2
@@ -37,8 +37,11 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _parse(argv: list[str]) -> TrainConfig | None:
+def _parse(argv: list[str]) -> list[TrainConfig]:
+    """The runs that are asked for; none where only something is to be printed."""
     from jsonargparse import ArgumentParser
+
+    from .stages import read_stages
 
     parser = ArgumentParser(
         prog="python -m fastrank.train",
@@ -52,19 +55,17 @@ def _parse(argv: list[str]) -> TrainConfig | None:
     parser.add_argument("--print_config", action="store_true", help="Print the whole configuration as YAML and stop.")
     if {"-h", "--help"} & set(argv):
         parser.print_help()
-        return None
+        return []
     mapping: dict = {}
     if argv and not argv[0].startswith("-"):
         mapping = read_yaml(resolve_recipe(argv.pop(0)))
     print_config = "--print_config" in argv
-    for name, (value, is_whole) in _flags(parser, [word for word in argv if word != "--print_config"]).items():
-        # --loss_options.temperature 2 changes one key of the file's loss_options.
-        mapping[name] = value if is_whole or not mapping.get(name) else {**mapping[name], **value}
-    config = TrainConfig.from_mapping(mapping, "the command line")
+    flags = _flags(parser, [word for word in argv if word != "--print_config"])
+    configs = read_stages(mapping, flags, "the command line")
     if print_config:
-        print(to_yaml(config), end="")
-        return None
-    return config
+        print("---\n".join(to_yaml(config) for config in configs), end="")
+        return []
+    return configs
 
 
 def _flags(parser, argv: list[str]) -> dict:

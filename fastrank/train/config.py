@@ -249,7 +249,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(mapping, dict):
         raise ValueError(f"{path} must hold keys and values, one training run; it holds {type(mapping).__name__}.")
-    check_keys(mapping, str(path))
+    check_keys({key: value for key, value in mapping.items() if key != "stages"}, str(path))
     return mapping
 
 
