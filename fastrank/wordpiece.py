@@ -7,14 +7,13 @@ matter, or in which an added token ("[SEP]") is spelled out, are left to the ref
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, normalizers
-
-from fastrank import _cpu
 
 # Each of these works on one character after the other, decompositions up to the order of combining characters.
 NORMALIZERS = {"BertNormalizer", "Lowercase", "NFD", "NFKD", "StripAccents"}
@@ -32,6 +31,8 @@ def refusals(tokenizer: Tokenizer, normalizer: Sequence[str], pre_tokenizer: Seq
     if not isinstance(model, models.WordPiece):
         return [f"Its model is {type(model).__name__}; only WordPiece is written in C++."]
     sentences = []
+    if importlib.util.find_spec("fastrank._cpu") is None:
+        sentences.append("The C++ extension fastrank._cpu is not built.")
     if model.token_to_id(model.unk_token) is None:
         sentences.append(f"Its unknown token {model.unk_token!r} is not in the vocabulary.")
     if unknown := [name for name in normalizer if name not in NORMALIZERS]:
@@ -47,6 +48,8 @@ class WordPiece:
     """The C++ twin of a tokenizer that `refusals` has nothing against; several threads may use it at once."""
 
     def __init__(self, tokenizer: Tokenizer):
+        from fastrank import _cpu  # where it is wanted, since everything else runs without the extension
+
         self._normalizer = tokenizer.normalizer
         self._pre_tokenizer = tokenizer.pre_tokenizer
         self._decomposes = self._normalizer is not None and self._normalizer.normalize_str("\u00e9") != "\u00e9"

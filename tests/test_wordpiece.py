@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import subprocess
 import sys
 import threading
 import unicodedata
@@ -207,6 +208,21 @@ def test_ids_do_not_depend_on_threads():
         thread.join()
     torch.set_num_threads(before)
     assert results == dict.fromkeys((1, 2, 5), expected)
+
+
+def test_without_the_extension_the_reference_tokenizes():
+    code = """
+import sys, warnings
+sys.modules["fastrank._cpu"] = None
+warnings.simplefilter("ignore")
+from fastrank import Reranker
+from fastrank.tokens import PairTokenizer
+tokenizer = PairTokenizer.load(sys.argv[1])
+print(tokenizer.backend, tokenizer.refusals, tokenizer.encode(["unaffordable [SEP]"])[0].tolist())
+"""
+    out = subprocess.run([sys.executable, "-c", code, MINILM], capture_output=True, text=True, check=True).stdout
+    ids = PairTokenizer.load(MINILM).encode(["unaffordable [SEP]"])[0].tolist()
+    assert out == f"reference ['The C++ extension fastrank._cpu is not built.'] {ids}\n"
 
 
 def _with_byte_level_words():
