@@ -1,6 +1,7 @@
 """Scores by id in other files than TREC runs: read as runs, wrong ones named with their line."""
 
 import gzip
+import json
 
 import pytest
 
@@ -26,6 +27,18 @@ def test_hofstaetter_scores(tmp_path):
     run = read_ranked_run(tmp_path / "scores.tsv.gz")
     assert run["q"].document_ids == ["x", "y", "z"] and list(run["q"].ranks) == [1, 3, 2]
     assert read_run(tmp_path / "scores.tsv.gz")["r"] == {"x": 1.0, "y": 0.0}
+
+
+def test_hard_negatives(tmp_path):
+    found = {"bm25": [{"pid": 2, "ce-score": -1.5}, {"pid": 3, "ce-score": 0}], "other": [{"pid": 2, "ce-score": -1.5}]}
+    row = {"qid": 7, "pos": [{"pid": 1, "ce-score": 9}], "neg": found}
+    run = read_ranked_run(_write(tmp_path / "negatives.jsonl", json.dumps(row) + "\n"))
+    assert run["7"].document_ids == ["1", "2", "3"] and list(run["7"].ranks) == [1, 3, 2]
+
+
+def test_triples_of_ids(tmp_path):
+    run = read_run(_write(tmp_path / "qidpidtriples.tsv", "7\t1\t2\n7\t1\t3\n8\t2\t1\n"))
+    assert run == {"7": {"1": 1.0, "2": 0.0, "3": 0.0}, "8": {"2": 1.0, "1": 0.0}}
 
 
 @pytest.mark.parametrize("names", [("qid", "docno"), ("query_id", "doc_id"), ("qid", "docid")])
@@ -79,6 +92,12 @@ def test_missing_parquet(tmp_path):
         ("1\t2\tq\tx\ty\n1\t2\tq\tx\n", ":2: expected 5 columns"),
         ("1\t2\tq\tx\ty\na\t2\tq\tx\tz\n", ":2: the score must be a finite number, found 'a'"),
         ("q\tQ0\tx\t1\t2\n", ":1: expected 6 columns"),
+        ("7\t1\t2\n7\t2\t3\n", ":2: document '2' comes twice"),
+        ("7\t1\t2\n7\t2\n", ":2: expected 3 columns"),
+        ('{"qid": 1, "pos": []}\n', r":1: expected \{qid, pos"),
+        ('{"qid": 1, "pos": 3, "neg": {}}\n', r":1: expected \{qid, pos"),
+        ('{"qid": 1, "pos": [{"pid": 1, "ce-score": "x"}], "neg": {}}\n', ":1: the score must be a finite number"),
+        ("{\n", r":1: expected \{qid, pos"),
     ],
 )
 def test_wrong_lines_are_named(tmp_path, text, sentence):

@@ -45,8 +45,8 @@ def read_ranked_run(path: Path) -> dict[str, RankedQuery]:
     """Read a run with both its rank and its score column: {query id: RankedQuery}, rows in file order.
 
     path: a TREC run, or one of the files of fastrank.data.scored_ids, told by its name (.parquet) and its first line;
-    without a rank column documents are ranked by score. A document that comes again for its query is an error, but for
-    Hofstaetter's pairs, where it must have the score that it had.
+    without a rank column documents are ranked by score. A document that comes again for its query is an error, but in
+    pairs and triples, where it must have the score that it had.
     Raises DataError for a wrong number of columns, a rank that is no whole number from 0, a score that is not finite,
     or a document that comes twice for one query.
     """
@@ -91,17 +91,18 @@ def _read_scored(path: str) -> Iterator[tuple[int, str, str, float, int | None]]
     kind = None
     for line, raw in read_lines(path, _RUN_LINE):
         fields = raw.split()
-        if kind is None:
-            is_pairs = scored_ids.is_hofstaetter(fields)
-            kind = "colbert" if raw.lstrip().startswith(b"[") else "pairs" if is_pairs else "trec"
+        kind = kind or _kind_of_run(raw, fields)
+        columns, form = _RUN_COLUMNS.get(kind, (None, ""))
+        if columns is not None and len(fields) != columns:
+            raise DataError(f"expected {columns} columns ({form}), found {len(fields)}", path, line)
         if kind == "colbert":
             yield from scored_ids.from_colbert(raw, path, line)
-        elif kind == "pairs" and len(fields) == 5:
-            for *found, _ in scored_ids.from_hofstaetter(fields, path, line):
+        elif kind == "hard negatives":
+            yield from scored_ids.from_hard_negatives(raw, path, line)
+        elif kind in ("hofstaetter", "triples"):
+            read = scored_ids.from_triple if kind == "triples" else scored_ids.from_hofstaetter
+            for *found, _ in read(fields, path, line):
                 yield *found, PAIRED
-        elif len(fields) != 6 or kind == "pairs":
-            width, form = (5, "score score query-id document-id document-id") if kind == "pairs" else (6, _RUN_LINE)
-            raise DataError(f"expected {width} columns ({form}), found {len(fields)}", path, line)
         else:
             yield (
                 line,
@@ -110,6 +111,19 @@ def _read_scored(path: str) -> Iterator[tuple[int, str, str, float, int | None]]
                 _finite_number(fields[4], "score", path, line),
                 _whole_number(fields[3], "rank", path, line, minimum=0),
             )
+
+
+def _kind_of_run(raw: bytes, fields: Sequence[bytes]) -> str:
+    if raw.lstrip().startswith((b"[", b"{")):
+        return "colbert" if raw.lstrip().startswith(b"[") else "hard negatives"
+    return "triples" if len(fields) == 3 else "hofstaetter" if scored_ids.is_hofstaetter(fields) else "trec"
+
+
+_RUN_COLUMNS = {
+    "trec": (6, _RUN_LINE),
+    "hofstaetter": (5, "score score query-id document-id document-id"),
+    "triples": (3, "query-id document-id document-id"),
+}
 
 
 def read_run(path: Path) -> dict[str, dict[str, float]]:

@@ -1,8 +1,10 @@
-"""Files of query ids, document ids and scores that are no TREC runs, as runs: parquet, ColBERTv2's, Hofstaetter's.
+"""Files of query ids, document ids and scores that are no TREC runs, as runs.
 
 Rank-DistiLLM's parquet has columns qid, docno, score and rank (or those names' usual variants); ColBERTv2's scores for
-distillation are JSON lines [qid, [pid, score], ...]; Hofstaetter et al.'s are lines `score score qid pid pid`, tab
-separated, a relevant document before another. Where there is no rank, the score decides, earlier rows first in a tie.
+distillation are JSON lines [qid, [pid, score], ...], sentence-transformers' hard negatives JSON lines {qid, pos: [{pid,
+ce-score}], neg: {system: [...]}}; Hofstaetter et al.'s scores are lines `score score qid pid pid`, MS MARCO's triples
+`qid pid pid` (scores 1 and 0), a relevant document before another. Where there is no rank, the score decides, earlier
+rows first in a tie.
 """
 
 from __future__ import annotations
@@ -73,6 +75,29 @@ def from_colbert(raw: bytes, path: str, line: int) -> Iterator[Scored]:
     query_id = _id(row[0], path, line)
     for document_id, score in row[1:]:
         yield line, query_id, _id(document_id, path, line), _score(score, path, line), None
+
+
+def from_hard_negatives(raw: bytes, path: str, line: int) -> Iterator[Scored]:
+    """The documents of one line {qid, pos, neg}; one that several systems found comes once."""
+    try:
+        row = json.loads(decode(raw, path, line))
+        found = [*row["pos"], *(one for system in row["neg"].values() for one in system)]
+        scored = {_id(one["pid"], path, line): _score(one["ce-score"], path, line) for one in found}
+        query_id = _id(row["qid"], path, line)
+    except DataError:
+        raise
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        form = "{qid, pos: [{pid, ce-score}], neg: {system: [{pid, ce-score}]}}"
+        raise DataError(f"expected {form}", path, line) from None
+    for document_id, score in scored.items():
+        yield line, query_id, document_id, score, None
+
+
+def from_triple(fields: list[bytes], path: str, line: int) -> Iterator[Scored]:
+    """The two documents of one line `qid pid pid`."""
+    query_id = decode(fields[0], path, line)
+    for score, document_id in zip((1.0, 0.0), fields[1:], strict=True):
+        yield line, query_id, decode(document_id, path, line), score, None
 
 
 def is_hofstaetter(fields: list[bytes]) -> bool:
