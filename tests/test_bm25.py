@@ -12,7 +12,7 @@ from real_data import data_folder
 
 from fastrank.data import read_documents, read_qrels, read_queries
 from fastrank.data.bm25 import bm25_run
-from fastrank.data.formats import by_score
+from fastrank.data.runs import by_score
 from fastrank.evaluate import evaluate
 
 

@@ -22,7 +22,7 @@ from fastrank.data import (
     write_qrels,
     write_run,
 )
-from fastrank.data.formats import by_score
+from fastrank.data.runs import by_score
 
 HARD_TEXTS = [
     "emoji 👩‍👩‍👧 and 🤖",

@@ -6,15 +6,13 @@ from fastrank.data.formats import (
     read_lists,
     read_qrels,
     read_queries,
-    read_ranked_run,
-    read_run,
     write_lists,
     write_qrels,
-    write_run,
 )
 from fastrank.data.loading import LoadedData, LoadReport, load_data, load_lists
 from fastrank.data.ranking_list import RankingList
 from fastrank.data.rows import read_rows, write_rows
+from fastrank.data.runs import read_ranked_run, read_run, write_run
 from fastrank.data.sources import DataSource
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Readers and writers of the files of the field: TREC runs and judgments, queries, documents, ranking lists.
+"""Readers and writers of the files of the field: judgments, queries, documents, ranking lists.
 
 In: a path, plain or gzip. Out: plain dictionaries by id, or RankingLists. A line that does not fit raises DataError
 with file, line number and what was expected; nothing is guessed and no line is dropped. Blank lines are skipped.
@@ -8,15 +8,9 @@ TREC columns are cut at ASCII white space, so that ids may hold any other charac
 from __future__ import annotations
 
 import json
-import math
 import os
-from array import array
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 
-import numpy as np
-
-from fastrank.data import scored_ids
 from fastrank.data.files import DataError, clean_text, decode, expand_path, name_of, read_lines, write_aside
 from fastrank.data.ranking_list import RankingList
 
@@ -26,112 +20,8 @@ QUERY_ID_KEYS = ("_id", "qid", "query_id", "id")
 QUERY_TEXT_KEYS = ("text", "query")
 DOCUMENT_ID_KEYS = ("id", "_id", "docid", "doc_id")
 DOCUMENT_TEXT_KEYS = ("text", "content", "page_content")
-_RUN_LINE = "query-id Q0 document-id rank score tag"
 _QRELS_LINE = "query-id iteration document-id grade"
 _BEIR_QRELS_HEADER = [b"query-id", b"corpus-id", b"score"]
-
-
-@dataclass(slots=True)
-class RankedQuery:
-    """The rows of one query of a run in file order: document ids, rank column, score column, line numbers."""
-
-    document_ids: list[str] = field(default_factory=list)
-    ranks: array = field(default_factory=lambda: array("q"))
-    scores: array = field(default_factory=lambda: array("d"))
-    lines: array = field(default_factory=lambda: array("q"))
-
-
-def read_ranked_run(path: Path) -> dict[str, RankedQuery]:
-    """Read a run with both its rank and its score column: {query id: RankedQuery}, rows in file order.
-
-    path: a TREC run, or one of the files of fastrank.data.scored_ids, told by its name (.parquet) and its first line;
-    without a rank column documents are ranked by score. A document that comes again for its query is an error, but in
-    pairs and triples, where it must have the score that it had.
-    Raises DataError for a wrong number of columns, a rank that is no whole number from 0, a score that is not finite,
-    or a document that comes twice for one query.
-    """
-    path = expand_path(path)
-    run: dict[str, RankedQuery] = {}
-    places: dict[str, dict[str, int]] = {}
-    unranked: set[str] = set()
-    for line, query_id, document_id, score, rank in _read_scored(path):
-        query = run.get(query_id)
-        if query is None:
-            query = run[query_id] = RankedQuery()
-            places[query_id] = {}
-        known = places[query_id].setdefault(document_id, len(query.lines))
-        if known < len(query.lines):
-            if rank == PAIRED and query.scores[known] == score:
-                continue
-            raise DataError(
-                f"document {document_id!r} comes twice for query {query_id!r}; it was on line {query.lines[known]}",
-                path,
-                line,
-            )
-        if rank is None or rank == PAIRED:
-            unranked.add(query_id)
-        query.document_ids.append(document_id)
-        query.ranks.append(0 if rank is None else rank)
-        query.scores.append(score)
-        query.lines.append(line)
-    for query_id in unranked:
-        query = run[query_id]
-        for rank, place in enumerate(sorted(range(len(query.scores)), key=lambda i: -query.scores[i]), start=1):
-            query.ranks[place] = rank
-    return run
-
-
-PAIRED = -1  # the rank of a row that may come again
-
-
-def _read_scored(path: str) -> Iterator[tuple[int, str, str, float, int | None]]:
-    if path.lower().endswith(scored_ids.PARQUET):
-        yield from scored_ids.from_parquet(path)
-        return
-    kind = None
-    for line, raw in read_lines(path, _RUN_LINE):
-        fields = raw.split()
-        kind = kind or _kind_of_run(raw, fields)
-        columns, form = _RUN_COLUMNS.get(kind, (None, ""))
-        if columns is not None and len(fields) != columns:
-            raise DataError(f"expected {columns} columns ({form}), found {len(fields)}", path, line)
-        if kind == "colbert":
-            yield from scored_ids.from_colbert(raw, path, line)
-        elif kind == "hard negatives":
-            yield from scored_ids.from_hard_negatives(raw, path, line)
-        elif kind in ("hofstaetter", "triples"):
-            read = scored_ids.from_triple if kind == "triples" else scored_ids.from_hofstaetter
-            for *found, _ in read(fields, path, line):
-                yield *found, PAIRED
-        else:
-            yield (
-                line,
-                decode(fields[0], path, line),
-                decode(fields[2], path, line),
-                _finite_number(fields[4], "score", path, line),
-                _whole_number(fields[3], "rank", path, line, minimum=0),
-            )
-
-
-def _kind_of_run(raw: bytes, fields: Sequence[bytes]) -> str:
-    if raw.lstrip().startswith((b"[", b"{")):
-        return "colbert" if raw.lstrip().startswith(b"[") else "hard negatives"
-    return "triples" if len(fields) == 3 else "hofstaetter" if scored_ids.is_hofstaetter(fields) else "trec"
-
-
-_RUN_COLUMNS = {
-    "trec": (6, _RUN_LINE),
-    "hofstaetter": (5, "score score query-id document-id document-id"),
-    "triples": (3, "query-id document-id document-id"),
-}
-
-
-def read_run(path: Path) -> dict[str, dict[str, float]]:
-    """Read a TREC run as {query id: {document id: score}}; errors as in read_ranked_run."""
-    return {
-        query_id: dict(zip(query.document_ids, query.scores, strict=True))
-        for query_id, query in read_ranked_run(path).items()
-    }
 
 
 def read_qrels(path: Path) -> dict[str, dict[str, int]]:
@@ -152,7 +42,7 @@ def read_qrels(path: Path) -> dict[str, dict[str, int]]:
         if len(fields) != columns:
             raise DataError(f"expected {columns} columns ({shape}), found {len(fields)}", path, line)
         query_id, document_id = (decode(fields[0], path, line), decode(fields[columns - 2], path, line))
-        grade = _whole_number(fields[columns - 1], "grade", path, line)
+        grade = whole_number(fields[columns - 1], "grade", path, line)
         known = qrels.setdefault(query_id, {}).setdefault(document_id, grade)
         if known != grade:
             raise DataError(
@@ -257,32 +147,13 @@ def ranking_list_from(row: Mapping, path: object = None, line: int | None = None
         raise DataError(str(error), path, line) from None
 
 
-def write_run(path: Path, run: Mapping[str, Mapping[str, float]], *, tag: str = "fastrank") -> None:
-    """Write {query id: {document id: score}} as a TREC run, best first, ties by document id (later ids first).
-
-    Scores in the file fall strictly, also where they tie or differ by less than a float32 holds, which is what
-    trec_eval compares: a score that would not be below the one before it is set to the next float32 under that.
-    A run read back therefore keeps its order whatever breaks the ties. For another order of ties give each query a
-    sequence of (document id, score) pairs, best first, in place of the mapping.
-    path: gzip where it ends in .gz; written aside and renamed. Raises ValueError for a NaN or infinite score, an id
-    that is empty or has white space in it, and scores that are not in descending order in a sequence.
-    """
-    tag = _column(tag, "tag")
-    with write_aside(expand_path(path)) as file:
-        for query_id, scores in run.items():
-            query_column = _column(query_id, "query id")
-            for rank, (document_id, score) in enumerate(_falling(query_id, scores), start=1):
-                document_column = _column(document_id, "document id")
-                file.write(f"{query_column} Q0 {document_column} {rank} {score} {tag}\n")
-
-
 def write_qrels(path: Path, qrels: Mapping[str, Mapping[str, int]]) -> None:
     """Write {query id: {document id: grade}} as TREC qrels; ValueError for an id that cannot stand in a column."""
     with write_aside(expand_path(path)) as file:
         for query_id, grades in qrels.items():
-            query_column = _column(query_id, "query id")
+            query_column = column(query_id, "query id")
             for document_id, grade in grades.items():
-                document_column = _column(document_id, "document id")
+                document_column = column(document_id, "document id")
                 if isinstance(grade, bool) or grade != int(grade):
                     raise ValueError(f"the grade {grade!r} of document {document_id!r} is not a whole number")
                 file.write(f"{query_column} 0 {document_column} {int(grade)}\n")
@@ -304,11 +175,6 @@ def write_lists(path: Path, lists: Iterable[RankingList]) -> None:
             if ranking.labels is not None:
                 row["labels"] = ranking.labels
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def by_score(scores: Mapping[str, float]) -> list[tuple[str, float]]:
-    """Pairs (document id, score) as trec_eval ranks them: best first, equal scores by id, later ids first."""
-    return sorted(scores.items(), key=lambda item: (item[1], item[0]), reverse=True)
 
 
 def parse_json_object(raw: bytes, path: object, line: int) -> dict:
@@ -378,7 +244,7 @@ def _text_of(row: Mapping, keys: Sequence[str], noun: str, path: object, line: i
     raise DataError(f"the {noun} has no text; expected one of {', '.join(keys)}", path, line)
 
 
-def _whole_number(raw: bytes, noun: str, path: str, line: int, minimum: int | None = None) -> int:
+def whole_number(raw: bytes, noun: str, path: str, line: int, minimum: int | None = None) -> int:
     try:
         # int() would read "1_000" as 1000.
         number = int(raw) if b"_" not in raw else None
@@ -391,36 +257,9 @@ def _whole_number(raw: bytes, noun: str, path: str, line: int, minimum: int | No
     return number
 
 
-def _finite_number(raw: bytes, noun: str, path: str, line: int) -> float:
-    try:
-        number = float(raw) if b"_" not in raw else math.nan
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise DataError(f"the {noun} must be a finite number, found {decode(raw, path, line)!r}", path, line)
-    return number
-
-
-def _column(text: str, noun: str) -> str:
+def column(text: str, noun: str) -> str:
     # Only what bytes.split() cuts at ends a column; other Unicode spaces may stand in an id.
     encoded = clean_text(text).encode()
     if encoded.split() != [encoded]:
         raise ValueError(f"the {noun} {text!r} is empty or has white space in it, which a TREC file cannot hold")
     return encoded.decode()
-
-
-def _falling(query_id: str, scores: Mapping[str, float] | Sequence) -> Iterator[tuple[str, str]]:
-    pairs = by_score(scores) if isinstance(scores, Mapping) else scores
-    previous: float | None = None
-    written = np.float32(np.inf)
-    for document_id, score in pairs:
-        if previous is not None and score > previous:
-            raise ValueError(f"query {query_id!r}: document {document_id!r} scores above the one before it")
-        with np.errstate(over="ignore"):
-            value = np.float32(score)
-            if not value < written:
-                value = np.nextafter(written, np.float32(-np.inf))
-        if not (np.isfinite(value) and math.isfinite(score)):
-            raise ValueError(f"query {query_id!r}, document {document_id!r}: the score {score} cannot be written")
-        previous, written = score, value
-        yield document_id, str(value)

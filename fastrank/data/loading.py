@@ -15,15 +15,14 @@ from typing import Any
 from fastrank.data.bm25 import bm25_run
 from fastrank.data.files import DataError, expand_path
 from fastrank.data.formats import (
-    RankedQuery,
     ranking_list_from,
     read_documents,
     read_qrels,
     read_queries,
-    read_ranked_run,
 )
 from fastrank.data.ranking_list import RankingList, list_keys
 from fastrank.data.rows import read_rows
+from fastrank.data.runs import RankedQuery, read_ranked_run
 from fastrank.data.sampling import draw_sample, has_relevant
 from fastrank.data.sources import BM25, DataSource
 

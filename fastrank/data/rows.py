@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from fastrank.data.files import DataError, clean_text, decode, expand_path, name_of, read_lines, write_aside
-from fastrank.data.formats import Path, has_tabs, parse_json_object, ranking_list_from, write_lists, write_run
+from fastrank.data.formats import Path, has_tabs, parse_json_object, ranking_list_from, write_lists
 from fastrank.data.ranking_list import RankingList
+from fastrank.data.runs import write_run
 from fastrank.data.scored_ids import PARQUET, read_parquet_rows
 
 Row = Mapping[str, object]
