@@ -187,6 +187,8 @@ def linear(
         f"linear takes x (rows, depth) and weights that fit it, not weights of {sizes}",
         x=x,
     )
+    if not x.is_floating_point():
+        raise ValueError(f"linear takes floating point numbers, not {x.dtype}.")
     norm = [tensor for tensor in (residual, norm_weight, norm_bias) if tensor is not None]
     if len(norm) not in (0, 3):
         raise ValueError("residual, norm_weight and norm_bias belong together: give all three or none.")
@@ -199,6 +201,8 @@ def linear(
             norm_bias=norm_bias,
         )
         _require_alike(x=x, residual=residual)
+        if norm_weight.dtype != torch.float32 or norm_bias.dtype != torch.float32:
+            raise ValueError(f"norm_weight and norm_bias must be float32, not {norm_weight.dtype}, {norm_bias.dtype}.")
     if second is not None and (first.scales is None) != (second.scales is None):
         raise ValueError("first and second must be frozen in one precision.")
     if activation not in LINEAR_ACTIVATIONS:

@@ -38,8 +38,8 @@ def save_int8(folder: str | os.PathLike) -> Path:
     model = load_model(folder, local_files_only=True)
     frozen = {}
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    model.freeze("int8")
     for name, module in _encoder_linears(model):
-        module.freeze("int8")
         frozen[f"{name}.weight"] = module.frozen.weight
         frozen[f"{name}.scales"] = module.frozen.scales
     metadata = {
@@ -85,7 +85,9 @@ def load_int8(name_or_path: str | os.PathLike, **hub) -> CrossEncoder | None:
             )
             _fill(model, file)
     except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        raise ValueError(f"{path} cannot be used: {' '.join(str(error).split())}. Delete or rewrite it.") from error
+        raise ValueError(
+            f"{path} cannot be used: {' '.join(str(error).split()).rstrip('.')}. Delete or rewrite it."
+        ) from error
     return model.eval().requires_grad_(False)
 
 

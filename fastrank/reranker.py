@@ -59,8 +59,8 @@ class Reranker:
         model: a local folder, a name on the Hugging Face hub, or "demo" for the checkpoint that the demo trained.
         device: "cpu", "cuda", "cuda:1" ...; default: a GPU where torch finds one.
         dtype: "float32", "bf16" or "int8" (of the matrix products; everything else is float32); "auto" is float32 on a
-            CPU and bf16 on a GPU. int8 runs on a CPU: weights with one scale a column are quantised here, activations
-            token by token as they come, without calibration.
+            CPU and bf16 on a GPU. int8 runs on a CPU: weights are quantised here, activations as they come, both with a
+            scale for 64 neighbours, without calibration.
         max_length: tokens of a pair, special tokens included; default: what tokenizer and model allow.
         max_query_tokens, max_document_tokens: cut each side first; default: no such cut.
         max_batch_tokens: tokens of one forward pass; more need more memory.

@@ -250,3 +250,43 @@ def test_instruction_sets_agree():
         lines.append(run.stdout.split())
     assert all(float(apart) < 2e-6 for apart, _ in lines)
     assert len({weights for _, weights in lines}) == 1
+
+
+def test_what_cannot_be_frozen_is_refused():
+    weight, bias = torch.ones(3, 4), torch.zeros(3)
+    for other in (weight.int(), weight.double(), weight.half()):
+        with pytest.raises(ValueError, match="frozen from float32"):
+            ops.freeze_linear(other, bias, "float32")
+    with pytest.raises(ValueError, match="frozen from float32"):
+        ops.freeze_linear(weight, bias.double(), "int8")
+    for shapes in ((torch.ones(3), bias), (weight, torch.zeros(2)), (torch.ones(0, 4), torch.zeros(0))):
+        with pytest.raises(ValueError, match="A linear layer has weights"):
+            ops.freeze_linear(*shapes, "float32")
+    with pytest.raises(ValueError, match="without values"):
+        ops.freeze_linear(weight.to("meta"), bias, "int8")
+    with pytest.raises(ValueError, match="sums pass float32"):
+        ops.freeze_linear(weight * 3e38, bias, "int8")
+    frozen = ops.freeze_linear(weight, bias, "float32")
+    for x in (torch.ones(2, 4, dtype=torch.int64), torch.ones(2, 4, dtype=torch.complex64)):
+        with pytest.raises(ValueError, match="floating point"):
+            ops.linear(x, frozen)
+
+
+@pytest.mark.parametrize("size", [1e-35, 1e-37, 1e-39])
+def test_tiny_weights_keep_their_size(size):
+    frozen = ops.freeze_linear(torch.full((2, 64), size), torch.zeros(2), "int8")
+    dense = frozen.weight.double() * frozen.scales[..., None].double()
+    assert (dense - size).abs().max() <= frozen.scales.double().max() * 0.5001
+    assert frozen.scales.double().max() <= max(2 * size / 127 * 1.01, 1.2e-38)
+
+
+def test_restored_weights_are_checked():
+    frozen = ops.freeze_linear(torch.randn(3, 70), torch.zeros(3), "int8")
+    assert ops.restore_linear(frozen.weight, frozen.bias, frozen.scales, 70).depth == 70
+    for scales in (-frozen.scales, frozen.scales * torch.nan):
+        with pytest.raises(ValueError, match="finite and not negative"):
+            ops.restore_linear(frozen.weight, frozen.bias, scales, 70)
+    filled = frozen.weight.clone()
+    filled[0, 1, 63] = 1
+    with pytest.raises(ValueError, match="must be zero"):
+        ops.restore_linear(filled, frozen.bias, frozen.scales, 70)

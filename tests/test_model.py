@@ -233,6 +233,43 @@ def test_frozen_weights(tmp_path, kind, monkeypatch):
         assert torch.equal(model.to_precision("float32")(batch), exact), "to_precision undoes it"
     with pytest.raises(ValueError, match="no gradient"):
         model.freeze("float32")(batch)
+    with pytest.raises(ValueError, match="call eval"), torch.no_grad():
+        model.train()(batch)
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_what_happens_to_a_model_after_freezing(tmp_path, precision):
+    """Edits change nothing, new weights undo it, and what cannot be frozen leaves the model as it was."""
+    batch = pack_pairs(random_pairs(make_checkpoint(tmp_path / "a", "bert"), LENGTHS))
+    make_checkpoint(tmp_path / "b", "bert", seed=1)
+    model, other = load_model(tmp_path / "a"), load_model(tmp_path / "b")
+    with torch.no_grad():
+        exact, expected = model(batch), load_model(tmp_path / "a").freeze(precision)(batch)
+        model.freeze(precision)
+        for module in model.encoder.layers:  # before its first call
+            module.up.weight.mul_(1.5), module.up.bias.add_(1)
+        assert torch.equal(model(batch), expected)
+        model.load_state_dict(other.state_dict())
+        assert not model.is_frozen and torch.equal(model(batch), other(batch))
+
+        model = load_model(tmp_path / "a")
+        model.encoder.layers[1].down.weight[0, 0] = torch.nan
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            model.freeze("int8")
+        assert not model.is_frozen and all(layer.up.frozen is None for layer in model.encoder.layers)
+        model = load_model(tmp_path / "a")
+        model.encoder.layers[1].up.frozen = model.freeze(precision).encoder.layers[1].up.frozen
+        model.encoder.layers[1].down.frozen = None
+        with pytest.raises(RuntimeError, match="Only some products of a layer are frozen"):
+            model(batch)
+        assert torch.equal(model.to_precision("float32")(batch), exact)
+        model.freeze(precision, keep_weights=False)
+        with pytest.raises(ValueError, match="load it again"):
+            model.load_state_dict(other.state_dict())
+    model = load_model(tmp_path / "a").requires_grad_(False).freeze(precision)
+    model.encoder.layers[0].up.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match="no gradient"):
+        model(batch)
 
 
 def test_training_in_low_precision(tmp_path, kind):

@@ -74,18 +74,25 @@ class CrossEncoder(nn.Module):
 
     def freeze(self, precision: str, *, keep_weights: bool = True) -> "CrossEncoder":
         """Fuse the encoder's matrix products with what follows them and run them in "float32" or "int8", with the
-        weights as they are now: for inference on a CPU. to_precision() undoes it, unless keep_weights is False: then
-        the memory of the float32 weights is given back, and the model can neither be trained nor saved."""
+        weights as they are now: for inference on a CPU. Later edits of these weights and biases change nothing (norms,
+        embeddings and the head stay as they are); to_precision() and load_state_dict() undo it, unless keep_weights is
+        False: then the memory of the float32 weights is given back, and the model can neither be trained nor saved. A
+        frozen model refuses training mode and gradients. Weights that cannot be frozen leave the model as it was."""
         freeze(self.encoder, precision, keep_weights=keep_weights)
         return self
 
     @property
     def is_frozen(self) -> bool:
         """Whether freeze() was called last, not to_precision()."""
-        return any(isinstance(module, Linear) and module.frozen is not None for module in self.encoder.modules())
+        return all(module.frozen is not None for module in self.encoder.modules() if isinstance(module, Linear))
 
     def forward(self, batch: "PackedBatch") -> Tensor:
         """Logits of each pair, (pairs, num_labels) float32; raises ValueError if a pair is too long."""
+        if (self.training or torch.is_grad_enabled()) and self.is_frozen:
+            if self.training:
+                raise ValueError("A frozen model is for inference: call eval(), or to_precision() to train it.")
+            if any(parameter.requires_grad for parameter in self.parameters()):
+                raise ValueError("A frozen model has no gradient: call it under torch.no_grad().")
         if batch.max_pair_tokens > self.max_pair_tokens:
             raise ValueError(
                 f"A pair has {batch.max_pair_tokens} tokens, but the model has positions for {self.max_pair_tokens}: "

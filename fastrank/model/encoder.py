@@ -84,7 +84,10 @@ class Layer(nn.Module):
             qkv = self.qkv.in_groups(x, 3 * self.heads[0]).unflatten(1, (3, -1))
             attended = ops.fused_attention(qkv, offsets)
         attended = attended.flatten(1)
-        if self.up.frozen is not None:
+        frozen = [module.frozen is not None for module in (self.attention_output, self.up, self.down)]
+        if any(frozen):
+            if not all(frozen):
+                raise RuntimeError("Only some products of a layer are frozen: freeze the whole model.")
             x = self._then_norm(attended, self.attention_output, x, self.attention_norm)
             return self._then_norm(x, self.up, x, self.norm, activation=self.activation, second=self.down.frozen)
         x = self.attention_norm(self._drop(self.attention_output(attended)), x)

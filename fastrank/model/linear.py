@@ -48,12 +48,12 @@ class Linear(nn.Linear):
             return F.linear(x, self.weight)
         return F.linear(x.to(self.precision), self._cast_weights()[0]).to(x.dtype)
 
-    def freeze(self, precision: str, *, keep_weights: bool = True) -> None:
-        """Compute with the weights as they are now, in "float32" or "int8", for inference."""
-        self.require_weights()
-        self.frozen = ops.freeze_linear(self.weight, self.bias, precision)
-        if not keep_weights:
-            self.release_weights()
+    def _load_from_state_dict(self, *arguments: object) -> None:
+        """New weights undo freezing, as to_precision() does."""
+        if self.frozen is not None:
+            self.require_weights()
+            self.frozen = None
+        super()._load_from_state_dict(*arguments)
 
     def release_weights(self) -> None:
         """Give back the memory of all weights but the frozen ones, in the form in which they are computed with."""
@@ -93,6 +93,12 @@ def set_precision(model: nn.Module, precision: str | torch.dtype) -> None:
 
 def freeze(model: nn.Module, precision: str, *, keep_weights: bool = True) -> None:
     """Freeze the weights of every Linear inside the model as they are now, as "float32" or "int8": for inference."""
-    for module in model.modules():
-        if isinstance(module, Linear):
-            module.freeze(precision, keep_weights=keep_weights)
+    modules = [module for module in model.modules() if isinstance(module, Linear)]
+    for module in modules:
+        module.require_weights()
+    # All before any: weights that cannot be frozen leave the model as it was.
+    frozen = [ops.freeze_linear(module.weight, module.bias, precision, copy=keep_weights) for module in modules]
+    for module, weights in zip(modules, frozen, strict=True):
+        module.frozen = weights
+        if not keep_weights:
+            module.release_weights()

@@ -16,7 +16,7 @@ BLOCK = 64  # neighbours along the depth that share a scale
 PAIR_STEPS = 127  # of the largest |w| + |w neighbour| in a block; rounding adds at most 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LinearWeights:
     """Weights and bias of x W^T + b.
 
@@ -54,25 +54,39 @@ def restore(weight: Tensor, bias: Tensor, scales: Tensor, depth: int) -> LinearW
             f"int8 weights must be {shape} int8 with scales {shape[:2]} float32, not {tuple(weight.shape)} "
             f"{weight.dtype} with {tuple(scales.shape)} {scales.dtype}."
         )
+    if not (scales.isfinite() & (scales >= 0)).all():
+        raise ValueError("The scales of int8 weights must be finite and not negative.")
+    if weight.flatten(1)[:, depth:].any():
+        raise ValueError("What fills int8 weights up to whole blocks must be zero.")
     if weight.numel() and weight.int().abs().unflatten(2, (-1, 2)).sum(3).max() > PAIR_STEPS + 1:
         raise ValueError(f"Neighbouring int8 weights must not be larger than {PAIR_STEPS + 1} together.")
     return LinearWeights(weight, bias, depth, scales)
 
 
-def freeze(weight: Tensor, bias: Tensor, precision: str) -> LinearWeights:
-    """Weights of this precision ("float32" or "int8"). weight: (columns, depth) and bias: (columns,), both float32.
+def freeze(weight: Tensor, bias: Tensor, precision: str, *, copy: bool = True) -> LinearWeights:
+    """Weights of this precision ("float32" or "int8"). weight: (columns, depth) and bias: (columns,), both float32 and
+    at least 1 x 1. copy=False lets float32 weights share memory with those given, for a caller that gives them up.
 
-    Raises ValueError for weights that are not finite, which int8 could not say.
+    Raises ValueError for others, and for weights that are not finite or too large, which int8 could not say.
     """
-    weight, bias = weight.detach(), bias.detach()
+    if weight.dim() != 2 or bias.shape != weight.shape[:1] or not weight.numel() or weight.is_meta:
+        raise ValueError(
+            f"A linear layer has weights (columns, depth) and a bias (columns,), not {tuple(weight.shape)} and "
+            f"{tuple(bias.shape)}{' without values' * weight.is_meta}."
+        )
+    if weight.dtype != torch.float32 or bias.dtype != torch.float32:
+        raise ValueError(f"Weights are frozen from float32, not from {weight.dtype} with a bias of {bias.dtype}.")
+    weight, bias = weight.detach(), bias.detach().clone()
     columns, depth = weight.shape
     if precision == "float32":
-        return LinearWeights(weight, bias, depth)
+        return LinearWeights(weight.clone() if copy else weight, bias, depth)
     if precision != "int8":
         raise ValueError(f"Weights can be frozen as {' or '.join(PRECISIONS)}, not as {precision!r}.")
     if not weight.isfinite().all():
         raise ValueError("Weights that are NaN or infinite cannot be quantised to int8.")
     blocks = functional.pad(weight, (0, -depth % BLOCK)).view(columns, -1, BLOCK)
-    scales = blocks.abs().unflatten(2, (-1, 2)).sum(3).amax(2) / PAIR_STEPS
-    steps = (blocks / scales.clamp(min=torch.finfo(torch.float32).tiny)[..., None]).round()
+    scales = (blocks.abs().unflatten(2, (-1, 2)).sum(3).amax(2) / PAIR_STEPS).clamp(min=torch.finfo(torch.float32).tiny)
+    if not scales.isfinite().all():
+        raise ValueError("Weights whose sums pass float32 cannot be quantised to int8.")
+    steps = (blocks / scales[..., None]).round()
     return LinearWeights(steps.to(torch.int8), bias, depth, scales)
