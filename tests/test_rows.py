@@ -198,6 +198,16 @@ WRONG = {
         r":1: expected .*: the key 'doc' is missing",
     ),
     "a number for a list": ([{"query": "q", "pos": 3}], r":1: expected a row with query, pos and neg"),
+    "a text for a list": ([{"query": "q", "pos": "a text", "neg": ["b"]}], r":1: .*'pos' must be an array, not str"),
+    "a text for documents": ([{"query": "q", "docs": "abc"}], r":1: .*'docs' must be an array, not str"),
+    "a text for negatives": (
+        [{"query": "q", "positive": ["a"], "negative": "bad one"}],
+        r":1: .*'negative' must be an array, not str",
+    ),
+    "a rank without end": (
+        [{"query_id": 1, "doc_id": 2, "query": "q", "text": "a", "rank": float("inf")}],
+        r":1: expected a row with query_id",
+    ),
     "labels of another length": ([{"query": "q", "docs": ["a"], "labels": [1, 2]}], r":1: 2 labels for 1 documents"),
     "a document twice": (
         [{"query": "q", "hits": [{"docid": "x", "content": "a"}] * 2}],

@@ -51,12 +51,14 @@ def read_rows(path: Path, shape: str | None = None, *, permutations: Path | None
     chosen = SHAPES[shape] if shape else _recognise(first, name, number)
     rows = itertools.chain([(number, first)], rows)
     if permutations is not None:
+        if chosen is not SHAPES["rankgpt"]:
+            raise DataError("permutations go with rows of the shape rankgpt alone", name)
         rows = _with_answers(rows, expand_path(permutations), name)
     rows = _fitting(rows, chosen, name)
     for number, row in rows if chosen.key is None else _gathered(rows, chosen, name):
         try:
             mapping = chosen.read(row)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             reason = f"the key {error} is missing" if isinstance(error, KeyError) else str(error)
             raise DataError(f"expected a row with {chosen.expected}: {reason}", name, number) from None
         yield ranking_list_from(mapping, name, number)
@@ -86,6 +88,16 @@ def _first(row: Row, keys: Sequence[str]) -> str | None:
 def _document(text: object, name: object = None, title: object = None) -> dict:
     document = {"text": text} | ({"title": title} if title else {})
     return document if name is None else document | {"id": name}
+
+
+def _array(row: Row, key: str) -> list:
+    """The list of this key, [] where there is none: list() would cut a text into its characters."""
+    values = row.get(key)
+    if values is None:
+        return []
+    if not isinstance(values, (list, tuple)):
+        raise TypeError(f"{key!r} must be an array, not {type(values).__name__}")
+    return list(values)
 
 
 def _by_order(count: int) -> list[float]:
@@ -130,7 +142,7 @@ def _rankgpt(row: Row) -> dict:
 
 
 def _flag_embedding(row: Row) -> dict:
-    positive, negative = list(row["pos"]), list(row.get("neg") or ())
+    positive, negative = _array(row, "pos"), _array(row, "neg")
     scores = row.get("pos_scores"), row.get("neg_scores")
     if scores[0] is not None and (scores[1] is not None or not negative):
         labels = [*scores[0], *(scores[1] or ())]
@@ -141,12 +153,12 @@ def _flag_embedding(row: Row) -> dict:
 
 def _columns(row: Row) -> dict:
     labels = row["labels"] if row.get("labels") is not None else row.get("scores")
-    return {"query": row["query"], "documents": list(row["docs"]), "labels": labels}
+    return {"query": row["query"], "documents": _array(row, "docs"), "labels": labels}
 
 
 def _evaluator(row: Row) -> dict:
-    positive = list(row["positive"])
-    others = list(row["negative"] if row.get("negative") is not None else row.get("documents") or ())
+    positive = _array(row, "positive")
+    others = _array(row, "negative") + _array(row, "documents")
     documents = [*positive, *(text for text in others if text not in set(positive))]
     labels = [float(place < len(positive)) for place in range(len(documents))]
     return {"query": row["query"], "documents": documents, "labels": labels}
