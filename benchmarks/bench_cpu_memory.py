@@ -11,8 +11,7 @@ from pathlib import Path
 
 import engines
 import pytest
-from baselines import PaddedReranker
-from bench_cpu_engine import MAX_LENGTH, scores_of
+from bench_cpu_engine import MAX_LENGTH, PEERS, scores_of
 from timing import CLOCK, Comparison, Contender, resident_bytes
 from workloads import checkpoint, ranking_lists
 
@@ -33,15 +32,13 @@ SHAPE = "MiniLM-L6"
 def measure_here(name: str, num_pairs: int, folder: Path) -> dict[str, float]:
     """Loads and re-ranks in this process. Returns its resident memory in MiB: after the imports, and at its peak."""
     engine, dtype = name.rsplit(" ", 1)
-    exported = {"ONNX Runtime": engines.OnnxRuntime, "OpenVINO": engines.OpenVino}
     lists = ranking_lists(-(-num_pairs // 100), 100)[1]
     lists = (lists * (-(-num_pairs // (100 * len(lists)))))[: num_pairs // 100]
     before = resident_bytes("VmRSS")
     if engine == "fastrank":
         scores = scores_of(fastrank.Reranker(folder, dtype=dtype, max_length=MAX_LENGTH), lists)
     else:
-        made = exported.get(engine, PaddedReranker)(folder, dtype, MAX_LENGTH)
-        scores = made.scores(lists, BATCH_SIZE)
+        scores = PEERS[engine][0](folder, dtype, MAX_LENGTH).scores(lists, BATCH_SIZE)
     assert len(scores) == num_pairs
     return {"imported": before / 2**20, "peak": resident_bytes("VmHWM") / 2**20}
 

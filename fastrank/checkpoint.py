@@ -159,20 +159,33 @@ def _from_lightning_ir(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _read_weights(name_or_path: str | os.PathLike, find: Callable[[str], Path | None]) -> dict[str, Tensor]:
+def find_weights(find: Callable[[str], Path | None]) -> list[Path]:
+    """The files that hold the checkpoint's weights, none where it has none. find: from find_files.
+
+    Raises ValueError where one is missing that the index lists.
+    """
     for name in WEIGHT_FILES:
         path = find(name)
         if path is None:
             continue
         if not name.endswith(".index.json"):
-            return _read_tensors(path)
-        weights = {}
-        for shard in sorted(set(_read_json(path)["weight_map"].values())):
-            if (shard_path := find(shard)) is None:
+            return [path]
+        shards = {shard: find(shard) for shard in sorted(set(_read_json(path)["weight_map"].values()))}
+        for shard, shard_path in shards.items():
+            if shard_path is None:
                 raise ValueError(f"{shard} is missing, which {name} lists: download or copy it again.")
-            weights.update(_read_tensors(shard_path))
-        return weights
-    raise FileNotFoundError(f"{name_or_path} has none of {', '.join(WEIGHT_FILES)}: {LOCAL_PATH_HINT}.")
+        return list(shards.values())
+    return []
+
+
+def _read_weights(name_or_path: str | os.PathLike, find: Callable[[str], Path | None]) -> dict[str, Tensor]:
+    paths = find_weights(find)
+    if not paths:
+        raise FileNotFoundError(f"{name_or_path} has none of {', '.join(WEIGHT_FILES)}: {LOCAL_PATH_HINT}.")
+    weights = {}
+    for path in paths:
+        weights.update(_read_tensors(path))
+    return weights
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -223,9 +223,10 @@ def compare_command(argv: Sequence[str]) -> int:
         return 2
     if options.format == "json":
         print(json.dumps([asdict(row) for rows in tables for row in rows], ensure_ascii=False))
+    elif options.format == "csv":
+        print(as_csv([row for rows in tables for row in rows]))
     else:
-        write = as_csv if options.format == "csv" else as_markdown
-        print("\n\n".join(write(rows) for rows in tables))
+        print("\n\n".join(as_markdown(rows) for rows in tables))
     return 0
 
 

@@ -228,7 +228,7 @@ def release_linear(weights: LinearWeights) -> None:
     kernel = choose("linear", "auto", weights.bias)
     if hasattr(kernel, "pack"):
         kernel.pack(weights)
-        object.__setattr__(weights, "weight", weights.weight.to("meta"))
+        weights.release()
 
 
 LINEAR_ACTIVATIONS = ("none", "gelu", "gelu_tanh", "relu")

@@ -19,11 +19,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from fastrank import ops
-from fastrank.checkpoint import WEIGHT_FILES, find_files, flush, load_model, read_config
+from fastrank.checkpoint import find_files, find_weights, flush, load_model, read_config
 from fastrank.command_line import OneSentenceParser
 from fastrank.model import CrossEncoder
 from fastrank.model.electra import PlainHead
-from fastrank.model.linear import Linear
+from fastrank.model.linear import Linear, linears
 
 FILE = "model.int8.safetensors"
 FORMAT = "1"
@@ -110,20 +110,18 @@ def _fill(model: CrossEncoder, file) -> None:
 
 
 def _encoder_linears(model: CrossEncoder) -> list[tuple[str, Linear]]:
-    return [(f"encoder.{name}", module) for name, module in model.encoder.named_modules() if isinstance(module, Linear)]
+    return [(f"encoder.{name}", module) for name, module in linears(model.encoder)]
 
 
 def _fingerprint(find: Callable[[str], Path | None]) -> str:
     """The SHA-256 of the float32 weight files, "" where there are none."""
-    names = [name for name in WEIGHT_FILES if find(name) is not None][:1]
-    if names and names[0].endswith(".index.json"):
-        names = sorted(path.name for path in find(names[0]).parent.glob("*.safetensors") if path.name != FILE)
+    paths = find_weights(find)
     digest = hashlib.sha256()
-    for name in names:
-        with find(name).open("rb") as file:
+    for path in paths:
+        with path.open("rb") as file:
             while part := file.read(1 << 20):
                 digest.update(part)
-    return digest.hexdigest() if names else ""
+    return digest.hexdigest() if paths else ""
 
 
 def quantize_command(argv: Sequence[str]) -> int:

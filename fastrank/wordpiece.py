@@ -72,17 +72,19 @@ class WordPiece:
         Returns one int32 array (tokens,) per text and the positions of those that are left to the reference, whose
         arrays are empty: beside the texts named above what is not a str or has a lone surrogate.
         """
-        flat, ends, without_pages, pages, left = self._encoder.encode(
-            texts, -1 if enough is None else enough, torch.get_num_threads()
-        )
-        ids = [flat[begin:end] for begin, end in itertools.pairwise([0, *ends.tolist()])]
-        if without_pages:
+        ids: list = [None] * len(texts)
+        left: list[int] = []
+        missing = list(range(len(texts)))
+        while missing:
+            flat, ends, without_pages, pages, to_reference = self._encoder.encode(
+                [texts[i] for i in missing], -1 if enough is None else enough, torch.get_num_threads()
+            )
+            for i, (begin, end) in zip(missing, itertools.pairwise([0, *ends.tolist()]), strict=True):
+                ids[i] = flat[begin:end]
+            left += [missing[i] for i in to_reference]
             for page in pages:
                 self._set_page(page)
-            found, still_left = self.encode([texts[i] for i in without_pages], enough=enough)
-            for i, text_ids in zip(without_pages, found, strict=True):
-                ids[i] = text_ids
-            left += [without_pages[i] for i in still_left]
+            missing = [missing[i] for i in without_pages]
         return ids, left
 
     def _set_page(self, page: int) -> None:

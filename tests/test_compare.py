@@ -108,6 +108,12 @@ def test_command(files, capsys):
     good = [1.0, 1.0, 0.5]
     assert rows[2]["p"] == pytest.approx(stats.ttest_rel(good, [0.5, 0.0, 0.0]).pvalue)
 
+    assert _command(files, "--measures", "nDCG@10", "RR@10", "--format", "csv") == 0
+    read = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [(row["system"], row["measure"], float(row["all"])) for row in read] == [
+        (row["system"], row["measure"], pytest.approx(row["arithmetic"])) for row in rows
+    ]
+
     assert _command(files) == 0
     lines = capsys.readouterr().out.strip().split("\n")
     assert lines[0] == "| nDCG@10 | mean |" and lines[1] == "|---|---:|" and len(lines) == 4

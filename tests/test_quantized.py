@@ -109,6 +109,22 @@ def test_weights_in_several_files(folder):
         assert load_int8(folder) is None
 
 
+def test_weights_in_several_files_of_torch(folder):
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(weights)
+    parts = {"pytorch_model-1.bin": names[:9], "pytorch_model-2.bin": names[9:]}
+    for file, of_file in parts.items():
+        torch.save({name: weights[name] for name in of_file}, folder / file)
+    index = {"weight_map": {name: file for file, of_file in parts.items() for name in of_file}}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    save_int8(folder)
+    assert load_int8(folder) is not None
+    torch.save({name: weights[name] + 1 for name in names[9:]}, folder / "pytorch_model-2.bin")
+    with pytest.warns(UserWarning, match="made from other weights"):
+        assert load_int8(folder) is None
+
+
 def _cut(path):
     path.write_bytes(path.read_bytes()[:-100])
 

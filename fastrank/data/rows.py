@@ -267,12 +267,7 @@ def _read(path: str) -> Iterator[tuple[int, Row]]:
     first = next(lines)
     number, raw = first
     if raw.lstrip().startswith(b"["):
-        text = b"\n".join([raw, *(line for _, line in lines)])
-        try:
-            rows = json.loads(decode(text, name, number))
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"not a valid JSON array: {error}", name, number) from None
-        for place, row in enumerate(rows, start=1):
+        for place, row in enumerate(_parse_array(itertools.chain([first], lines), name), start=1):
             if not isinstance(row, dict):
                 raise DataError(f"row {place} must be a JSON object, not {type(row).__name__}", name, place)
             yield place, row
@@ -292,12 +287,16 @@ def _read(path: str) -> Iterator[tuple[int, Row]]:
         yield number, dict(zip(TRIPLE_COLUMNS if width == 3 else TOP1000_COLUMNS, fields, strict=True))
 
 
-def _with_answers(rows: Iterator[tuple[int, Row]], path: str, name: str) -> Iterator[tuple[int, Row]]:
-    text = b"\n".join(raw for _, raw in read_lines(path, "a JSON array of answers"))
+def _parse_array(lines: Iterable[tuple[int, bytes]], name: str) -> object:
+    """The JSON value that all lines together are."""
     try:
-        answers = json.loads(decode(text, path, 1))
+        return json.loads(decode(b"\n".join(raw for _, raw in lines), name, 1))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"not a valid JSON array: {error}", path) from None
+        raise DataError(f"not a valid JSON array: {error}", name, 1) from None
+
+
+def _with_answers(rows: Iterator[tuple[int, Row]], path: str, name: str) -> Iterator[tuple[int, Row]]:
+    answers = _parse_array(read_lines(path, "a JSON array of answers"), path)
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
         raise DataError("expected a JSON array of strings", path)
     missing = object()
@@ -350,6 +349,11 @@ def _labels(ranking: RankingList, path: str) -> tuple[float, ...]:
     return ranking.labels
 
 
+def _require_ids(ranking: RankingList, path: str) -> None:
+    if ranking.query_id is None or ranking.document_ids is None:
+        raise DataError(f"the list of query {ranking.query[:60]!r} has no ids, which this shape needs", path)
+
+
 def _best_first(ranking: RankingList, path: str) -> list[int]:
     labels = _labels(ranking, path)
     return sorted(range(len(ranking)), key=lambda place: -labels[place])
@@ -397,8 +401,7 @@ def _rank_llm_row(ranking: RankingList, path: str) -> Iterator[dict]:
 
 
 def _named_pairs_row(ranking: RankingList, path: str) -> Iterator[dict]:
-    if ranking.query_id is None or ranking.document_ids is None:
-        raise DataError(f"the list of query {ranking.query[:60]!r} has no ids, which this shape needs", path)
+    _require_ids(ranking, path)
     for text, name, label in zip(ranking.documents, ranking.document_ids, _labels(ranking, path), strict=True):
         row = {"query_id": ranking.query_id, "doc_id": name, "query": ranking.query, "text": text}
         yield row | {"score": label}
@@ -407,8 +410,7 @@ def _named_pairs_row(ranking: RankingList, path: str) -> Iterator[dict]:
 def _write_as_run(path: str, lists: Iterable[RankingList]) -> None:
     run = {}
     for ranking in lists:
-        if ranking.query_id is None or ranking.document_ids is None:
-            raise DataError(f"the list of query {ranking.query[:60]!r} has no ids, which a run needs", path)
+        _require_ids(ranking, path)
         if ranking.query_id in run:
             raise DataError(f"two lists have the query id {ranking.query_id!r}", path)
         run[ranking.query_id] = [

@@ -50,14 +50,14 @@ def read_ranked_run(path: Path) -> dict[str, RankedQuery]:
             places[query_id] = {}
         known = places[query_id].setdefault(document_id, len(query.lines))
         if known < len(query.lines):
-            if rank == PAIRED and query.scores[known] == score:
+            if rank == scored_ids.PAIRED and query.scores[known] == score:
                 continue
             raise DataError(
                 f"document {document_id!r} comes twice for query {query_id!r}; it was on line {query.lines[known]}",
                 path,
                 line,
             )
-        if rank is None or rank == PAIRED:
+        if rank is None or rank == scored_ids.PAIRED:
             unranked.add(query_id)
         query.document_ids.append(document_id)
         query.ranks.append(0 if rank is None else rank)
@@ -70,10 +70,7 @@ def read_ranked_run(path: Path) -> dict[str, RankedQuery]:
     return run
 
 
-PAIRED = -1  # the rank of a row that may come again
-
-
-def _read_scored(path: str) -> Iterator[tuple[int, str, str, float, int | None]]:
+def _read_scored(path: str) -> Iterator[scored_ids.Scored]:
     if path.lower().endswith(scored_ids.PARQUET):
         yield from scored_ids.from_parquet(path)
         return
@@ -90,14 +87,13 @@ def _read_scored(path: str) -> Iterator[tuple[int, str, str, float, int | None]]
             yield from scored_ids.from_hard_negatives(raw, path, line)
         elif kind in ("hofstaetter", "triples"):
             read = scored_ids.from_triple if kind == "triples" else scored_ids.from_hofstaetter
-            for *found, _ in read(fields, path, line):
-                yield *found, PAIRED
+            yield from read(fields, path, line)
         else:
             yield (
                 line,
                 decode(fields[0], path, line),
                 decode(fields[2], path, line),
-                _finite_number(fields[4], "score", path, line),
+                scored_ids.score_of(fields[4], path, line),
                 whole_number(fields[3], "rank", path, line, minimum=0),
             )
 
@@ -145,16 +141,6 @@ def write_run(path: Path, run: Mapping[str, Mapping[str, float]], *, tag: str = 
 def by_score(scores: Mapping[str, float]) -> list[tuple[str, float]]:
     """Pairs (document id, score) as trec_eval ranks them: best first, equal scores by id, later ids first."""
     return sorted(scores.items(), key=lambda item: (item[1], item[0]), reverse=True)
-
-
-def _finite_number(raw: bytes, noun: str, path: str, line: int) -> float:
-    try:
-        number = float(raw) if b"_" not in raw else math.nan
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise DataError(f"the {noun} must be a finite number, found {decode(raw, path, line)!r}", path, line)
-    return number
 
 
 def _falling(query_id: str, scores: Mapping[str, float] | Sequence) -> Iterator[tuple[str, str]]:

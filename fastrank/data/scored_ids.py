@@ -23,6 +23,7 @@ PARQUET_NAMES = {
     "rank": ("rank",),
 }
 Scored = tuple[int, str, str, float, int | None]  # line, query id, document id, score, rank
+PAIRED = -1  # the rank of a row without one whose document may come again for its query
 
 
 def read_parquet_rows(path: str) -> Iterator[tuple[int, dict]]:
@@ -59,7 +60,7 @@ def from_parquet(path: str) -> Iterator[Scored]:
             number,
             _id(found["query_id"], path, number),
             _id(found["document_id"], path, number),
-            _score(found["score"], path, number),
+            score_of(found["score"], path, number),
             None if rank is None else int(rank),
         )
 
@@ -74,7 +75,7 @@ def from_colbert(raw: bytes, path: str, line: int) -> Iterator[Scored]:
         raise DataError("expected [query id, [document id, score], ...]", path, line)
     query_id = _id(row[0], path, line)
     for document_id, score in row[1:]:
-        yield line, query_id, _id(document_id, path, line), _score(score, path, line), None
+        yield line, query_id, _id(document_id, path, line), score_of(score, path, line), None
 
 
 def from_hard_negatives(raw: bytes, path: str, line: int) -> Iterator[Scored]:
@@ -82,7 +83,7 @@ def from_hard_negatives(raw: bytes, path: str, line: int) -> Iterator[Scored]:
     try:
         row = json.loads(decode(raw, path, line))
         found = [*row["pos"], *(one for system in row["neg"].values() for one in system)]
-        scored = {_id(one["pid"], path, line): _score(one["ce-score"], path, line) for one in found}
+        scored = {_id(one["pid"], path, line): score_of(one["ce-score"], path, line) for one in found}
         query_id = _id(row["qid"], path, line)
     except DataError:
         raise
@@ -97,7 +98,7 @@ def from_triple(fields: list[bytes], path: str, line: int) -> Iterator[Scored]:
     """The two documents of one line `qid pid pid`."""
     query_id = decode(fields[0], path, line)
     for score, document_id in zip((1.0, 0.0), fields[1:], strict=True):
-        yield line, query_id, decode(document_id, path, line), score, None
+        yield line, query_id, decode(document_id, path, line), score, PAIRED
 
 
 def is_hofstaetter(fields: list[bytes]) -> bool:
@@ -112,7 +113,7 @@ def from_hofstaetter(fields: list[bytes], path: str, line: int) -> Iterator[Scor
     """The two documents of one line `score score qid pid pid`."""
     query_id = decode(fields[2], path, line)
     for score, document_id in zip(fields[:2], fields[3:], strict=True):
-        yield line, query_id, decode(document_id, path, line), _score(score, path, line), None
+        yield line, query_id, decode(document_id, path, line), score_of(score, path, line), PAIRED
 
 
 def _id(value: object, path: str, line: int) -> str:
@@ -121,9 +122,12 @@ def _id(value: object, path: str, line: int) -> str:
     return str(value)
 
 
-def _score(value: object, path: str, line: int) -> float:
+def score_of(value: object, path: str, line: int) -> float:
+    """The finite number that a column (bytes) or a JSON value is; DataError for anything else."""
     try:
-        number = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+        # float() would read "1_000" as 1000.
+        is_number = not isinstance(value, bool) and not (isinstance(value, bytes) and b"_" in value)
+        number = float(value) if is_number else math.nan  # type: ignore[arg-type]
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):

@@ -13,7 +13,7 @@ from fastrank.model.bert import BERT
 from fastrank.model.electra import ELECTRA
 from fastrank.model.encoder import Encoder
 from fastrank.model.family import Family
-from fastrank.model.linear import Linear, freeze, set_precision
+from fastrank.model.linear import freeze, linears, set_precision
 from fastrank.model.roberta import ROBERTA, XLM_ROBERTA
 from fastrank.model.settings import read_settings
 
@@ -84,7 +84,7 @@ class CrossEncoder(nn.Module):
     @property
     def is_frozen(self) -> bool:
         """Whether freeze() was called last, not to_precision()."""
-        return all(module.frozen is not None for module in self.encoder.modules() if isinstance(module, Linear))
+        return all(module.frozen is not None for _, module in linears(self.encoder))
 
     def forward(self, batch: "PackedBatch") -> Tensor:
         """Logits of each pair, (pairs, num_labels) float32; raises ValueError if a pair is too long."""

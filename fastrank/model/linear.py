@@ -79,21 +79,25 @@ class Linear(nn.Linear):
         return cast[1], cast[2]
 
 
+def linears(model: nn.Module) -> list[tuple[str, Linear]]:
+    """Every Linear inside the model, with its name there."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, Linear)]
+
+
 def set_precision(model: nn.Module, precision: str | torch.dtype) -> None:
     """Make every Linear inside the model compute in "float32" or "bf16" (or an alias, or a torch dtype)."""
     dtype = PRECISIONS.get(precision, precision)
     if dtype not in PRECISIONS.values():
         raise ValueError(f"The model does not run in precision {precision!r}; choose one of {', '.join(PRECISIONS)}.")
-    for module in model.modules():
-        if isinstance(module, Linear):
-            module.require_weights()
-            module.precision = dtype
-            module._cast = module.frozen = None
+    for _, module in linears(model):
+        module.require_weights()
+        module.precision = dtype
+        module._cast = module.frozen = None
 
 
 def freeze(model: nn.Module, precision: str, *, keep_weights: bool = True) -> None:
     """Freeze the weights of every Linear inside the model as they are now, as "float32" or "int8": for inference."""
-    modules = [module for module in model.modules() if isinstance(module, Linear)]
+    modules = [module for _, module in linears(model)]
     for module in modules:
         module.require_weights()
     # All before any: weights that cannot be frozen leave the model as it was.

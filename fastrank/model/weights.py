@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastrank.model import CrossEncoder, find_family
 from fastrank.model.electra import PlainHead, from_dense_head, to_dense_head
 from fastrank.model.encoder import EMBEDDING_NAMES, LAYER_NAMES
-from fastrank.model.linear import Linear
+from fastrank.model.linear import linears
 
 # Never weights of a re-ranker: tables that old versions of transformers saved, and a pooler that no head reads.
 ALWAYS_IGNORED = ("embeddings.position_ids", "embeddings.token_type_ids", "pooler.")
@@ -46,9 +46,8 @@ def hub_names(model: CrossEncoder) -> dict[str, tuple[str, ...]]:
 def to_hub(model: CrossEncoder) -> dict[str, Tensor]:
     """The model's weights by the names that transformers expects, each a contiguous float32 tensor on the CPU."""
     weights = {}
-    for module in model.modules():
-        if isinstance(module, Linear):
-            module.require_weights()
+    for _, module in linears(model):
+        module.require_weights()
     for name, parts in hub_names(model).items():
         parameter = model.get_parameter(name).detach().to("cpu", torch.float32)
         pieces = parameter.chunk(len(parts)) if len(parts) > 1 else [parameter]

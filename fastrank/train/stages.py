@@ -7,6 +7,7 @@ is done takes no step, so a chain goes on wherever it was killed.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,6 @@ def read_stages(
     whole = _with_flags(common, flags)
     if whole.get("output_dir") is None:
         raise ValueError(f"{where} lacks output_dir beside stages: the folder that holds a folder for each stage.")
-    if isinstance(whole.get("resume"), bool) and whole["resume"] and whole.get("overwrite"):
-        raise ValueError("resume keeps what lies in output_dir and overwrite deletes it: give one of them.")
     configs: list[TrainConfig] = []
     names: set[str] = set()
     for number, stage in enumerate(stages, start=1):
@@ -72,7 +71,7 @@ def train_stages(configs: list[TrainConfig], *, quiet: bool = False) -> Path:
         missing = (
             config.dry_run and config.model in [one.output_dir for one in configs] and not Path(config.model).exists()
         )
-        planned = TrainConfig(**{**vars(config), "model": configs[0].model}) if missing else config
+        planned = dataclasses.replace(config, model=configs[0].model) if missing else config
         folder = train(planned, quiet=quiet)
     return folder
 

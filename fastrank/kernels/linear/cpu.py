@@ -49,11 +49,7 @@ def pack(weights: LinearWeights) -> tuple:
     """Panels of columns, and in each, groups of neighbours along the depth; columns filled up with zeros."""
     isa = _cpu.isa()
     if isa not in weights.packed:
-        if weights.weight.is_meta:
-            raise RuntimeError(
-                f"These weights are packed for {' and '.join(weights.packed)} alone, not for {isa}: load the model "
-                "again after a change of FASTRANK_CPU_ISA."
-            )
+        weights.require_weight()
         panel, group, _ = _cpu.linear_layout(weights.scales is not None)
         columns, missing = weights.columns, -weights.columns % panel
         filled = functional.pad(weights.weight.flatten(1), (0, 0, 0, missing))

@@ -58,11 +58,7 @@ def quantize_blocks(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def multiply(x: Tensor, weights: LinearWeights) -> Tensor:
     """x W^T + b in x's dtype."""
-    if weights.weight.is_meta and not x.is_meta:
-        raise RuntimeError(
-            f"These weights are packed for {' and '.join(weights.packed)} alone: load the model again after a change "
-            "of the backend."
-        )
+    weights.require_weight()
     bias = weights.bias.to(x.dtype)
     if weights.scales is None:
         return x @ weights.weight.to(x.dtype).T + bias

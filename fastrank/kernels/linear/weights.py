@@ -27,7 +27,7 @@ class LinearWeights:
         scales: (columns, blocks) float32, what one step of an int8 weight is worth; None for float32.
         packed: What a backend has made of them, by instruction set.
 
-    Once they are packed, fastrank.ops.release_linear gives back the memory of `weight`, which is a meta tensor then.
+    Once they are packed, release() gives back the memory of `weight`, which is a meta tensor then.
     """
 
     weight: Tensor
@@ -39,6 +39,17 @@ class LinearWeights:
     @property
     def columns(self) -> int:
         return self.weight.shape[0]
+
+    def release(self) -> None:
+        object.__setattr__(self, "weight", self.weight.to("meta"))
+
+    def require_weight(self) -> None:
+        """Raises a RuntimeError where the weight was released."""
+        if self.weight.is_meta:
+            raise RuntimeError(
+                f"These weights are packed for {' and '.join(self.packed)} alone: load the model again after a change "
+                "of FASTRANK_CPU_ISA or of the backend."
+            )
 
 
 def restore(weight: Tensor, bias: Tensor, scales: Tensor, depth: int) -> LinearWeights:
