@@ -5,12 +5,13 @@ opens in transformers and sentence-transformers too, with the same scores. Files
 and renamed, so that a process killed at any moment leaves no half file under a final name.
 """
 
+import contextlib
 import json
 import os
 import pickle
 import shutil
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -64,17 +65,24 @@ def load_model(
     if head not in ("required", "initialise"):
         raise ValueError(f"head must be 'required' or 'initialise', not {head!r}.")
     find = find_files(name_or_path, revision=revision, token=token, local_files_only=local_files_only)
-    try:
+    with naming(name_or_path):
         config = read_config(name_or_path, find)
         weights = _read_weights(name_or_path, find)
         model = from_hub(config, weights, may_initialise=head == "initialise", seed=seed, dropout=dropout)
+    return model.eval()
+
+
+@contextlib.contextmanager
+def naming(name_or_path: str | os.PathLike) -> Iterator[None]:
+    """Turns what reading a checkpoint's config and weights raises into ValueErrors that name it."""
+    try:
+        yield
     except ValueError as error:
         raise ValueError(f"{name_or_path}: {error}") from error
     except (TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError, struct.error) as error:
         # A config or a weight file of a form that nobody would write on purpose.
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ValueError(f"{name_or_path}: config.json or the weights are not as they should be ({reason})") from error
-    return model.eval()
 
 
 def save_model(folder: str | os.PathLike, model: CrossEncoder, tokenizer: "PairTokenizer") -> None:

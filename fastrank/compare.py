@@ -17,9 +17,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import yaml
 
 from fastrank.command_line import OneSentenceParser, with_underscores
 from fastrank.data import read_qrels, read_run
+from fastrank.data.files import expand_path
 from fastrank.evaluate import DEFAULT_MEASURES, evaluate
 
 SIGNIFICANT = 0.05
@@ -122,32 +124,49 @@ def compare(corpora: Mapping[str, Mapping[str, PerQuery]], measure: str, *, agai
 def read_corpora(path: str | Path) -> dict[str, list[dict]]:
     """A YAML file {corpus: [{qrels: file, runs: {system: file}}, ...]}; files stand relative to it.
 
-    Raises ValueError that names what is of another form.
+    They may hold ~ and $FASTRANK_DATA. Raises ValueError that names what is of another form or comes twice.
     """
-    import yaml
-
     path = Path(path)
     try:
-        read = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        read = _read_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
     form = "{corpus: [{qrels: file, runs: {system: file}}, ...]}"
     if not isinstance(read, dict) or not read:
         raise ValueError(f"{path} must hold {form}")
     for corpus, tasks in read.items():
         for task in tasks if isinstance(tasks, list) and tasks else [None]:
-            if not isinstance(task, dict) or set(task) != {"qrels", "runs"} or not isinstance(task["runs"], dict):
+            if (
+                not isinstance(task, dict)
+                or set(task) != {"qrels", "runs"}
+                or not isinstance(task["runs"], dict)
+                or not all(isinstance(file, str) for file in (task["qrels"], *task["runs"].values()))
+            ):
                 raise ValueError(f"{path}, corpus {corpus!r}: a task must be {{qrels: file, runs: {{system: file}}}}")
     return {
         str(corpus): [
             {
-                "qrels": path.parent / str(task["qrels"]),
-                "runs": {str(system): path.parent / str(file) for system, file in task["runs"].items()},
+                "qrels": path.parent / expand_path(task["qrels"]),
+                "runs": {str(system): path.parent / expand_path(file) for system, file in task["runs"].items()},
             }
             for task in tasks
         ]
         for corpus, tasks in read.items()
     }
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key that comes twice is an error and does not hide the first."""
+
+    def construct_mapping(self, node, deep=False):
+        mapping = super().construct_mapping(node, deep)
+        if len({str(key) for key in mapping}) < len(node.value):
+            raise yaml.constructor.ConstructorError(None, None, "a key comes twice in this mapping", node.start_mark)
+        return mapping
+
+
+def _read_yaml(text: str) -> object:
+    return yaml.load(text, _UniqueKeys)  # a SafeLoader: plain values only
 
 
 def measure_corpora(
@@ -173,6 +192,7 @@ def as_markdown(rows: Sequence[Row]) -> str:
     titles = [rows[0].measure, *(corpora if several else ["mean"]), *(["arithmetic", "geometric"] if several else [])]
     tested = any(row.p is not None for row in rows)
     titles += ["p (Holm)"] if tested else []
+    titles = [title.replace("|", "\\|") for title in titles]
     lines = [" | ".join(titles), "|".join(["---", *["---:"] * (len(titles) - 1)])]
     for row in rows:
         numbers = [*row.means.values(), *([row.arithmetic, row.geometric] if several else [])]
@@ -210,7 +230,8 @@ def compare_command(argv: Sequence[str]) -> int:
     parser.add_argument("--format", choices=("markdown", "csv", "json"), default="markdown")
     try:
         options = parser.parse_args(with_underscores(argv))
-        if (options.corpora is None) != (options.runs is not None and options.qrels is not None):
+        single = (options.runs is not None, options.qrels is not None)
+        if single != (options.corpora is None,) * 2:
             parser.error("give --runs and --qrels, or --corpora")
     except SystemExit as exit_request:
         return int(exit_request.code or 0)

@@ -6,10 +6,12 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from fastrank.command_line import OneSentenceParser, with_underscores
-from fastrank.data import DataSource, RankingList, load_lists
-from fastrank.data.files import name_of
+from fastrank.data import DataSource, LoadedData, RankingList, load_data
 from fastrank.data.rows import SHAPES, WRITERS, read_rows, write_rows
 from fastrank.data.sources import TARGETS
+
+_ONLY_WITH_RUN = {name: f"--{name}" for name in ("queries", "documents", "qrels", "depth", "targets")}
+_ONLY_WITH_INPUT = {"shape": "--from", "permutations": "--permutations"}
 
 
 def convert_command(argv: Sequence[str]) -> int:
@@ -34,20 +36,26 @@ def convert_command(argv: Sequence[str]) -> int:
         options = parser.parse_args(with_underscores(argv))
         if (options.input is None) == (options.run is None):
             parser.error("give either --input or --run (with --queries and --documents)")
+        others = _ONLY_WITH_RUN if options.run is None else _ONLY_WITH_INPUT
+        if idle := [name for name, flag in others.items() if getattr(options, name) is not None]:
+            kind = "--input" if options.run is None else "--run"
+            parser.error(f"{others[idle[0]]} does not go with {kind}")
+        if options.output == "-":
+            parser.error("--output must be a file; /dev/stdout prints")
     except SystemExit as stop:
         return int(stop.code or 0)
     try:
-        lists = (
-            _read_run(options)
-            if options.run
-            else read_rows(options.input, options.shape, permutations=options.permutations)
-        )
+        if options.run:
+            loaded = _read_run(options)
+            lists, said = loaded.candidates, str(loaded.report)
+        else:
+            lists, said = read_rows(options.input, options.shape, permutations=options.permutations), ""
         count = _Count(lists)
         write_rows(options.output, count, options.to)
     except (ValueError, OSError) as error:
         print(f"fastrank convert: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    print(f"{name_of(options.output)}: {count.lists:,} lists with {count.documents:,} documents", file=sys.stderr)
+    print(f"{options.output}: {said or f'{count.lists:,} lists with {count.documents:,} documents'}", file=sys.stderr)
     return 0
 
 
@@ -65,7 +73,7 @@ class _Count:
             yield ranking
 
 
-def _read_run(options) -> list[RankingList]:
+def _read_run(options) -> LoadedData:
     source = DataSource(
         queries=options.queries,
         documents=options.documents,
@@ -74,4 +82,4 @@ def _read_run(options) -> list[RankingList]:
         depth=options.depth,
         targets=options.targets or ("relevance" if options.qrels else "rank"),
     )
-    return load_lists(source, seed=0)
+    return load_data(source, seed=0)

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from fastrank import ops
-from fastrank.checkpoint import find_files, find_weights, flush, load_model, read_config
+from fastrank.checkpoint import find_files, find_weights, flush, load_model, naming, read_config
 from fastrank.command_line import OneSentenceParser
 from fastrank.model import CrossEncoder
 from fastrank.model.electra import PlainHead
@@ -32,10 +32,14 @@ FORMAT = "1"
 def save_int8(folder: str | os.PathLike) -> Path:
     """Quantises the checkpoint of a folder and writes FILE into it; returns its path.
 
-    Raises what fastrank.checkpoint.load_model raises, and ValueError for weights that are not finite.
+    Raises what fastrank.checkpoint.load_model raises, ValueError for weights that are not finite, and OSError where
+    the folder cannot be written.
     """
     folder = Path(folder).expanduser()
     model = load_model(folder, local_files_only=True)
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise ValueError(f"{folder}: {name} holds NaN or infinite values.")
     frozen = {}
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
     model.freeze("int8")
@@ -48,11 +52,16 @@ def save_int8(folder: str | os.PathLike) -> Path:
         "has_plain_head": str(isinstance(model.head, PlainHead)),
     }
     path = folder / FILE
-    aside = folder / f".{FILE}.partial"
-    save_file({name: tensor.contiguous() for name, tensor in (tensors | frozen).items()}, aside, metadata)
-    shutil.copymode(folder / "config.json", aside)  # it comes readable by its owner alone
-    flush(aside)
-    aside.replace(path)
+    aside = folder / f".{FILE}.{os.getpid()}.partial"
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in (tensors | frozen).items()}, aside, metadata)
+        shutil.copymode(folder / "config.json", aside)  # it comes readable by its owner alone
+        flush(aside)
+        aside.replace(path)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
+    finally:
+        aside.unlink(missing_ok=True)
     flush(folder)
     return path
 
@@ -80,15 +89,21 @@ def load_int8(name_or_path: str | os.PathLike, **hub) -> CrossEncoder | None:
                     stacklevel=2,
                 )
                 return None
-            model = CrossEncoder(
-                read_config(name_or_path, find), has_plain_head=metadata.get("has_plain_head") == "True"
-            )
+            has_plain_head = metadata.get("has_plain_head") == "True"
+    except (SafetensorError, ValueError) as error:
+        raise _unusable(path, error) from error
+    with naming(name_or_path):
+        model = CrossEncoder(read_config(name_or_path, find), has_plain_head=has_plain_head)
+    try:
+        with safe_open(path, "pt") as file:
             _fill(model, file)
     except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        raise ValueError(
-            f"{path} cannot be used: {' '.join(str(error).split()).rstrip('.')}. Delete or rewrite it."
-        ) from error
+        raise _unusable(path, error) from error
     return model.eval().requires_grad_(False)
+
+
+def _unusable(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path} cannot be used: {' '.join(str(error).split()).rstrip('.')}. Delete or rewrite it.")
 
 
 def _fill(model: CrossEncoder, file) -> None:

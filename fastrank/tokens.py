@@ -8,6 +8,7 @@ WordPiece runs in C++ (fastrank.wordpiece), everything else in Hugging Face's to
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -21,6 +22,7 @@ import numpy as np
 from fastrank import wordpiece
 
 BACKENDS = ("auto", "cpu", "reference")
+MAX_TOKEN_ID = 2**31 - 1  # ids are int32
 SURROGATES = re.compile("[\ud800-\udfff]")
 # Between two ASCII letters or digits a single space ends a word for every pre-tokenizer named below.
 WORD_BREAK = re.compile("(?<=[0-9A-Za-z]) (?=[0-9A-Za-z])")
@@ -33,7 +35,7 @@ class PairTokenizer:
     """Tokenizes queries and documents and joins them into pairs.
 
     Arguments:
-        tokenizer: a fast Hugging Face tokenizer; its truncation and padding settings are cleared.
+        tokenizer: a fast Hugging Face tokenizer; what is changed in it later changes nothing here.
         max_length: tokens a pair may have, special tokens included; default: the tokenizer's `model_max_length`.
         max_query_tokens, max_document_tokens: cut each side to so many tokens before pairs are truncated.
         num_embeddings: token ids that the model knows; default: all of the tokenizer's.
@@ -64,10 +66,13 @@ class PairTokenizer:
             raise ValueError("The tokenizer has no vocabulary; the folder needs a tokenizer.json.")
         self._tokenizer = tokenizer
         self._num_embeddings = math.inf if num_embeddings is None else num_embeddings
-        # Calls from several threads are safe because nothing here changes the Rust tokenizer after these two lines.
-        self._backend = tokenizer.backend_tokenizer
+        # A copy, since its owner may set truncation, padding or tokens; calls from several threads are safe because
+        # nothing here changes it after these lines.
+        self._backend = copy.deepcopy(tokenizer.backend_tokenizer)
         self._backend.no_truncation()
         self._backend.no_padding()
+        if (largest := max(self._backend.get_vocab().values())) > MAX_TOKEN_ID:
+            raise ValueError(f"The tokenizer has the token id {largest}; ids must be at most {MAX_TOKEN_ID}.")
         self._probe()
         num_special = len(self._prefix) + len(self._middle) + len(self._suffix)
         self.max_length = int(tokenizer.model_max_length if max_length is None else max_length)
@@ -334,7 +339,10 @@ class PairTokenizer:
 
     def _probe(self) -> None:
         """Reads special tokens and token types off one pair."""
-        encoding = self._backend.encode("a", "a")
+        try:
+            encoding = self._backend.encode("a", "a")
+        except Exception as error:  # the Rust side raises no narrower class
+            raise ValueError(f"The tokenizer cannot encode the text 'a': {error}") from error
         sides = np.array([-1 if side is None else side for side in encoding.sequence_ids])
         ids = np.array(encoding.ids, dtype=np.int32)
         types = np.array(encoding.type_ids, dtype=np.int32)

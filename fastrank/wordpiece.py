@@ -20,6 +20,7 @@ NORMALIZERS = {"BertNormalizer", "Lowercase", "NFD", "NFKD", "StripAccents"}
 WORD_END, ALONE, DEPENDS = b"\xff", b"\xfe", b"\xfd"  # as in csrc/wordpiece.hpp
 PAGE_SIZE = 256
 SURROGATES = range(0xD800, 0xE000)
+MAX_VOCABULARY_BYTES = 2**24 - 1  # what ByteTree in csrc/wordpiece.hpp can number
 
 
 def refusals(tokenizer: Tokenizer, normalizer: Sequence[str], pre_tokenizer: Sequence[str]) -> list[str]:
@@ -35,6 +36,8 @@ def refusals(tokenizer: Tokenizer, normalizer: Sequence[str], pre_tokenizer: Seq
         sentences.append("The C++ extension fastrank._cpu is not built.")
     if model.token_to_id(model.unk_token) is None:
         sentences.append(f"Its unknown token {model.unk_token!r} is not in the vocabulary.")
+    if sum(len(word.encode()) for word in tokenizer.get_vocab(with_added_tokens=False)) > MAX_VOCABULARY_BYTES:
+        sentences.append(f"Its vocabulary has more than {MAX_VOCABULARY_BYTES} bytes.")
     if unknown := [name for name in normalizer if name not in NORMALIZERS]:
         sentences.append(f"The normalizer {unknown[0]} is not known.")
     if list(pre_tokenizer) != ["BertPreTokenizer"]:
@@ -58,7 +61,7 @@ class WordPiece:
             list(tokenizer.get_vocab(with_added_tokens=False).items()),
             model.continuing_subword_prefix,
             model.token_to_id(model.unk_token),
-            model.max_input_chars_per_word,
+            min(model.max_input_chars_per_word, 2**63 - 1),
             [added.content for added in tokenizer.get_added_tokens_decoder().values()],
         )
         self._set_page(0)

@@ -121,6 +121,7 @@ def test_command(files, capsys):
 
 def test_tables(files):
     corpora = {c: {s: {"1": 0.5, "2": 0.25 + 0.5 * (s == "x|y")} for s in ("x|y", "b")} for c in ("one", "two")}
+    assert "| RR@10 | o\\|ne |" in as_markdown(compare({"o|ne": corpora["one"], "two": corpora["two"]}, "RR@10"))
     rows = compare(corpora, "RR@10", against="b")
     lines = as_markdown(rows).split("\n")
     assert lines[0] == "| RR@10 | one | two | arithmetic | geometric | p (Holm) |"
@@ -155,12 +156,23 @@ def test_corpora_from_a_file(files, capsys):
         (["--qrels", "qrels.txt", "--runs", "a=good.run", "--measures", "nDGC@10"], "unknown measure 'nDGC@10'"),
         (["--corpora", "missing.yaml"], "missing.yaml"),
         (["--corpora", "qrels.txt"], "must hold {corpus:"),
+        (["--corpora", "x.yaml", "--runs", "a=b"], "give --runs and --qrels, or --corpora"),
+        (["--corpora", "x.yaml", "--qrels", "c"], "give --runs and --qrels, or --corpora"),
         (["--corpora", "odd.yaml"], "corpus 'c': a task must be {qrels: file"),
+        (["--corpora", "null.yaml"], "corpus 'c': a task must be {qrels: file"),
+        (["--corpora", "twice.yaml"], "a key comes twice in this mapping"),
+        (["--corpora", "deep.yaml"], "deep.yaml: "),
+        (["--corpora", "data.yaml"], "FASTRANK_DATA is not set"),
     ],
 )
 def test_bad_input_is_one_sentence(files, monkeypatch, capsys, arguments, sentence):
     monkeypatch.chdir(files)
+    monkeypatch.delenv("FASTRANK_DATA", raising=False)
     (files / "odd.yaml").write_text("c: [{qrels: qrels.txt}]")
+    (files / "null.yaml").write_text("c: [{qrels: null, runs: {a: good.run}}]")
+    (files / "twice.yaml").write_text("c: [{qrels: qrels.txt, runs: {a: good.run}}]\nc: []")
+    (files / "deep.yaml").write_text("[" * 20_000)
+    (files / "data.yaml").write_text("c: [{qrels: $FASTRANK_DATA/qrels.txt, runs: {a: good.run}}]")
     assert main(["compare", *arguments]) == 2
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1

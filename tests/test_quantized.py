@@ -8,7 +8,7 @@ from importlib.resources import files
 import pytest
 import torch
 from hub_models import CLASSES, make_checkpoint, random_pairs
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig
 
@@ -166,6 +166,33 @@ def test_a_spoiled_file_is_named(folder, what):
     spoil(folder / FILE)
     with pytest.raises(ValueError, match=rf"{FILE} cannot be used: .*{sentence}.*Delete or rewrite it"):
         Reranker(folder, dtype="int8")
+
+
+@pytest.mark.parametrize("config", ["[]", '{"model_type": "bert", "hidden_size": "x", "num_hidden_layers": 2}'])
+def test_a_broken_config_is_named(folder, config):
+    save_int8(folder)
+    (folder / "config.json").write_text(config)
+    with pytest.raises(ValueError, match=f"^{folder}: ") as caught:
+        load_int8(folder)
+    assert FILE not in str(caught.value)
+
+
+def test_what_cannot_be_quantised(folder, monkeypatch, capsys):
+    monkeypatch.setattr("fastrank.quantized.save_file", _fails_to_write)
+    assert main(["quantize", str(folder)]) == 2
+    assert f"{folder / FILE} cannot be written: " in capsys.readouterr().err
+    monkeypatch.undo()
+    weights = load_file(folder / "model.safetensors")
+    weights["bert.embeddings.word_embeddings.weight"][3, 4] = float("nan")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"encoder\.embeddings\.words\.weight holds NaN"):
+        save_int8(folder)
+    assert not list(folder.glob(f"*{FILE}*"))
+
+
+def _fails_to_write(tensors, path, metadata):
+    path.write_bytes(b"half a file")
+    raise SafetensorError("No space left on device")
 
 
 def test_weights_that_were_given_back(folder):

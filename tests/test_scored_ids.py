@@ -62,14 +62,41 @@ def test_parquet(tmp_path, names):
     for change, sentence in (
         ({"score": None}, "row has none of the columns score"),
         ({"score": float("nan")}, "score must be a finite number"),
+        ({"score": "x"}, "score must be a finite number"),
         ({"rank": -1}, "rank must be a whole number"),
+        ({"rank": float("nan")}, "rank must be a whole number"),
+        ({"rank": float("inf")}, "rank must be a whole number"),
+        ({"rank": "first"}, "rank must be a whole number"),
+        ({"rank": [1]}, "rank must be a whole number"),
         ({names[1]: "y"}, "document 'y' comes twice"),
     ):
-        write_table(pyarrow.Table.from_pylist([rows[1], rows[0] | change]), tmp_path / "run.parquet")
-        if "rank" in change:
-            write_table(pyarrow.Table.from_pylist([one | change for one in rows]), tmp_path / "run.parquet")
+        first = rows[1] if names[1] in change else rows[1] | change  # a column holds values of one type
+        write_table(pyarrow.Table.from_pylist([first, rows[0] | change]), tmp_path / "run.parquet")
         with pytest.raises(DataError, match=sentence):
             read_ranked_run(tmp_path / "run.parquet")
+
+
+@pytest.mark.parametrize(
+    ("columns", "sentence"),
+    [
+        ({"qid": [], "docid": [], "score": []}, "holds no row"),
+        ({"qid": ["7", "7"], "docid": ["x", "y"], "score": [1, 2], "rank": [4, None]}, ":1: query '7' has a rank here"),
+        ({"qid": ["7"], "docid": ["x"], "score": [1], "rank": [2**63]}, ":1: the rank must be a whole number"),
+        ({"qid": [b"\xff"], "docid": ["x"], "score": [1]}, "not a readable parquet file"),
+    ],
+)
+def test_parquet_files_that_are_no_runs(tmp_path, columns, sentence):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow.parquet import write_table
+
+    if columns.get("rank") == [2**63]:
+        columns = columns | {"rank": pyarrow.array([2**63], pyarrow.uint64())}
+    table = pyarrow.table(columns)
+    if columns["qid"] == [b"\xff"]:
+        table = table.set_column(0, "qid", table["qid"].combine_chunks().view(pyarrow.string()))
+    write_table(table, tmp_path / "run.parquet")
+    with pytest.raises(DataError, match=sentence):
+        read_ranked_run(tmp_path / "run.parquet")
 
 
 def test_missing_parquet(tmp_path):
@@ -92,6 +119,14 @@ def test_missing_parquet(tmp_path):
         ("1\t2\tq\tx\ty\n1\t2\tq\tx\n", ":2: expected 5 columns"),
         ("1\t2\tq\tx\ty\na\t2\tq\tx\tz\n", ":2: the score must be a finite number, found 'a'"),
         ("q\tQ0\tx\t1\t2\n", ":1: expected 6 columns"),
+        ("7\t0\t31\t1\t2\n", ":1: expected 6 columns"),
+        (f"q Q0 x 1 {'9' * 400} t\n", ":1: the score must be a finite number"),
+        (f"[7, [1, {'9' * 400}]]\n", ":1: the score must be a finite number"),
+        ('{"qid": 1, "pos": [], "neg": {}}\n', ":1: the line has no document"),
+        (
+            '{"qid": 1, "pos": [{"pid": 1, "ce-score": 2}], "neg": {"a": [{"pid": 1, "ce-score": 3}]}}\n',
+            ":1: document '1' has the scores 2.0 and 3.0",
+        ),
         ("7\t1\t2\n7\t2\t3\n", ":2: document '2' comes twice"),
         ("7\t1\t2\n7\t2\n", ":2: expected 3 columns"),
         ('{"qid": 1, "pos": []}\n', r":1: expected \{qid, pos"),

@@ -246,3 +246,45 @@ def test_what_it_does_not_know_goes_to_the_reference(tokenizer, sentence):
         PairTokenizer(tokenizer(), max_length=512, backend="cpu")
     with pytest.raises(ValueError, match="no backend 'gpu' of tokenizers"):
         PairTokenizer(tokenizer(), max_length=512, backend="gpu")
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_what_the_owner_changes_later_changes_nothing(backend):
+    tokenizer = _tokenizer(None)
+    mine = PairTokenizer(tokenizer, max_length=512, backend=backend)
+    before = mine.encode(["the cat sat on the mat"])[0].tolist()
+    tokenizer.backend_tokenizer.enable_truncation(2)
+    tokenizer.backend_tokenizer.enable_padding(length=40)
+    tokenizer.add_tokens(["cat"])
+    assert mine.encode(["the cat sat on the mat"])[0].tolist() == before
+    assert tokenizer.backend_tokenizer.truncation["max_length"] == 2
+
+
+def _from_vocabulary(vocabulary, **settings):
+    backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", **settings))
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+def test_words_of_any_length_are_allowed():
+    tokenizer = _from_vocabulary({"[UNK]": 0, "a": 1, "##a": 2}, max_input_chars_per_word=2**63)
+    ids = PairTokenizer(tokenizer, max_length=512, backend="cpu").encode(["a" * 200])[0]
+    assert ids.tolist() == [1] + 199 * [2]
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "sentence"),
+    [
+        ({"[UNK]": 0, "a": 2**31}, "has the token id 2147483648; ids must be at most 2147483647"),
+        ({"b": 0}, "cannot encode the text 'a': WordPiece error: Missing"),
+    ],
+)
+def test_unusable_vocabularies(vocabulary, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        PairTokenizer(_from_vocabulary(vocabulary), max_length=512)
+
+
+def test_a_vocabulary_too_large_for_the_tree():
+    vocabulary = {"[UNK]": 0, "a": 1} | {f"{i:0{2**20}d}": i + 2 for i in range(16)}
+    mine = PairTokenizer(_from_vocabulary(vocabulary), max_length=512)
+    assert mine.backend == "reference" and "more than 16777215 bytes" in mine.refusals[0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from fastrank.data.scored_ids import PARQUET, read_parquet_rows
 
 Row = Mapping[str, object]
 TEXT_KEYS = ("text", "segment", "contents", "content", "body", "passage")  # of a document, as rank_llm looks for them
+QUERY_ID_KEYS = ("query_id", "qid")
 QUERY_KEYS = ("query", "anchor", "question")
 PAIR_TEXT_KEYS = ("passage", "document", "answer", "text", "positive")
 TRIPLE_COLUMNS = ("query", "positive", "negative")
@@ -54,27 +56,35 @@ def read_rows(path: Path, shape: str | None = None, *, permutations: Path | None
         if chosen is not SHAPES["rankgpt"]:
             raise DataError("permutations go with rows of the shape rankgpt alone", name)
         rows = _with_answers(rows, expand_path(permutations), name)
-    rows = _fitting(rows, chosen, name)
-    for number, row in rows if chosen.key is None else _gathered(rows, chosen, name):
+    read = _read_each(rows, chosen, name)
+    for number, mapping in read if chosen.gather is None else _gathered(read, chosen, name):
+        yield ranking_list_from(mapping, name, number)
+
+
+def _read_each(rows: Iterator[tuple[int, Row]], shape: Shape, name: str) -> Iterator[tuple[int, dict]]:
+    for number, row in rows:
+        if not shape.fits(row):
+            raise DataError(f"expected a row with {shape.expected}, found {_keys(row)}", name, number)
         try:
-            mapping = chosen.read(row)
+            mapping = shape.read(row)
         except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             reason = f"the key {error} is missing" if isinstance(error, KeyError) else str(error)
-            raise DataError(f"expected a row with {chosen.expected}: {reason}", name, number) from None
-        yield ranking_list_from(mapping, name, number)
+            raise DataError(f"expected a row with {shape.expected}: {reason}", name, number) from None
+        yield number, mapping
 
 
 @dataclass(frozen=True)
 class Shape:
     """How rows look: which fit, what is expected of them in words, and what they are as a fastrank list.
 
-    key: for rows of single pairs, the key that pairs of one query share; `read` then takes {"pairs": [rows]}.
+    gather: for rows of single pairs, what makes one list of the `read` pairs that follow each other and have the same
+    "key"; the list is not empty.
     """
 
     fits: Callable[[Row], bool]
     expected: str
     read: Callable[[Row], dict]
-    key: Callable[[Row], object] | None = None
+    gather: Callable[[Sequence[dict]], dict] | None = None
 
 
 def _has(*keys: str) -> Callable[[Row], bool]:
@@ -100,6 +110,27 @@ def _array(row: Row, key: str) -> list:
     return list(values)
 
 
+def _query_id(row: Row) -> object:
+    return row[key] if (key := _first(row, QUERY_ID_KEYS)) else None
+
+
+def _text(value: object, key: str) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{key!r} must be a string, not {type(value).__name__}")
+    return value
+
+
+def _with_ids(texts: list, row: Row, keys: Sequence[str]) -> list:
+    """Documents with the ids of the row's array, where it has one."""
+    key = _first(row, keys)
+    if key is None:
+        return texts
+    ids = _array(row, key)
+    if len(ids) != len(texts):
+        raise ValueError(f"{len(ids)} {key} for {len(texts)} documents")
+    return [_document(text, name) for text, name in zip(texts, ids, strict=True)]
+
+
 def _by_order(count: int) -> list[float]:
     return [float(count - place) for place in range(count)]
 
@@ -120,40 +151,55 @@ def _rank_llm(row: Row) -> dict:
 
 def _hits(row: Row) -> dict:
     documents = [_document(hit["content"], hit.get("docid")) for hit in row["hits"]]
-    query_id = next((hit["qid"] for hit in row["hits"] if hit.get("qid") is not None), None)
+    query_ids = {str(hit["qid"]) for hit in row["hits"] if hit.get("qid") is not None}
+    if len(query_ids) > 1:
+        raise ValueError(f"its hits have the query ids {', '.join(sorted(query_ids))}")
+    query_id = _query_id(row)
+    query_id = next(iter(query_ids), None) if query_id is None else query_id
     labels = _by_order(len(documents))
     return {"query": row["query"], "query_id": query_id, "documents": documents, "labels": labels}
 
 
 def _rankgpt(row: Row) -> dict:
     retrieved = sorted(row["retrieved_passages"], key=lambda one: one.get("rank", 0))
-    documents = [_document(one["text"], one.get("docid"), one.get("title")) for one in retrieved]
-    relevant = {one.get("docid") for one in row.get("positive_passages") or ()}
-    labels = [float(one.get("docid") in relevant) for one in retrieved]
     if "answer" in row:
         # Here, so that reading other shapes does not need the parser.
         from fastrank.data.permutations import parse_permutation
 
-        order = parse_permutation(row["answer"], len(documents)).order
-        labels = [0.0] * len(documents)
-        for label, place in zip(_by_order(len(documents)), order, strict=True):
+        order = parse_permutation(row["answer"], len(retrieved)).order
+        labels = [0.0] * len(retrieved)
+        for label, place in zip(_by_order(len(retrieved)), order, strict=True):
             labels[place] = label
-    return {"query": row["query"], "query_id": row.get("query_id"), "documents": documents, "labels": labels}
+    else:
+        relevant = {_name_of_passage(one): one for one in row.get("positive_passages") or ()}
+        labels = [float(_name_of_passage(one) in relevant) for one in retrieved]
+        found = {_name_of_passage(one) for one in retrieved}
+        missing = [one for name, one in relevant.items() if name not in found]
+        retrieved, labels = retrieved + missing, labels + [1.0] * len(missing)
+    documents = [_document(one["text"], one.get("docid"), one.get("title")) for one in retrieved]
+    return {"query": row["query"], "query_id": _query_id(row), "documents": documents, "labels": labels}
+
+
+def _name_of_passage(passage: Row) -> str:
+    return str(passage["docid"]) if passage.get("docid") is not None else passage["text"]
 
 
 def _flag_embedding(row: Row) -> dict:
-    positive, negative = _array(row, "pos"), _array(row, "neg")
-    scores = row.get("pos_scores"), row.get("neg_scores")
-    if scores[0] is not None and (scores[1] is not None or not negative):
-        labels = [*scores[0], *(scores[1] or ())]
-    else:
-        labels = [1.0] * len(positive) + [0.0] * len(negative)
-    return {"query": row["query"], "documents": positive + negative, "labels": labels}
+    documents, labels = [], []
+    has_scores = row.get("pos_scores") is not None or row.get("neg_scores") is not None
+    for side, label in (("pos", 1.0), ("neg", 0.0)):
+        texts, scores = _array(row, side), _array(row, f"{side}_scores") if has_scores else None
+        if scores is not None and len(scores) != len(texts):
+            raise ValueError(f"{len(scores)} {side}_scores for {len(texts)} {side}")
+        documents += _with_ids(texts, row, (f"{side}_id",))
+        labels += [label] * len(texts) if scores is None else scores
+    return {"query": row["query"], "query_id": _query_id(row), "documents": documents, "labels": labels}
 
 
 def _columns(row: Row) -> dict:
     labels = row["labels"] if row.get("labels") is not None else row.get("scores")
-    return {"query": row["query"], "documents": _array(row, "docs"), "labels": labels}
+    documents = _with_ids(_array(row, "docs"), row, ("doc_ids",))
+    return {"query": row["query"], "query_id": _query_id(row), "documents": documents, "labels": labels}
 
 
 def _evaluator(row: Row) -> dict:
@@ -161,7 +207,7 @@ def _evaluator(row: Row) -> dict:
     others = _array(row, "negative") + _array(row, "documents")
     documents = [*positive, *(text for text in others if text not in set(positive))]
     labels = [float(place < len(positive)) for place in range(len(documents))]
-    return {"query": row["query"], "documents": documents, "labels": labels}
+    return {"query": row["query"], "query_id": _query_id(row), "documents": documents, "labels": labels}
 
 
 def _triplet(row: Row) -> dict:
@@ -170,36 +216,63 @@ def _triplet(row: Row) -> dict:
     for one in negatives:
         documents += one if isinstance(one, (list, tuple)) else [one]
     labels = [1.0] + [0.0] * (len(documents) - 1)
-    for key in ("scores", "score", "labels", "label"):
-        if isinstance(row.get(key), (list, tuple)):
-            labels = list(row[key])
-            break
-    return {"query": row[_first(row, QUERY_KEYS)], "documents": documents, "labels": labels}
+    key = _first(row, ("scores", "score", "labels", "label", "margin"))
+    if key is not None and isinstance(row[key], (list, tuple)):
+        labels = list(row[key])
+    elif key is not None:  # MarginMSE's: how far the teacher scores the one document above the other
+        if len(documents) != 2:
+            raise ValueError(f"one {key} for {len(documents)} documents")
+        labels = [row[key], 0.0]
+    query = row[_first(row, QUERY_KEYS)]
+    return {"query": query, "query_id": _query_id(row), "documents": documents, "labels": labels}
 
 
-def _pairs(row: Row) -> dict:
-    pairs = row["pairs"]
-    documents, labels = [], []
-    for pair in pairs:
-        documents.append(pair[_first(pair, PAIR_TEXT_KEYS)])
-        labels.append(pair["label"] if pair.get("label") is not None else pair["score"])
-    return {"query": pairs[0][_first(pairs[0], QUERY_KEYS)], "documents": documents, "labels": labels}
+def _pair(row: Row) -> dict:
+    query_key, text_key = _first(row, QUERY_KEYS), _first(row, PAIR_TEXT_KEYS)
+    query = _text(row[query_key], query_key)
+    label = row["label"] if row.get("label") is not None else row["score"]
+    return {"key": query, "query": query, "document": _text(row[text_key], text_key), "label": label}
 
 
-def _named_pairs(row: Row) -> dict:
-    pairs = row["pairs"]
-    documents = [_document(pair["text"], pair["doc_id"]) for pair in pairs]
-    if any(pair.get("relevance") is not None for pair in pairs):
-        labels = [float(pair.get("relevance") or 0) for pair in pairs]
-    elif all(pair.get("rank") is not None for pair in pairs):
-        last = max(int(pair["rank"]) for pair in pairs)
-        labels = [float(last - int(pair["rank"]) + 1) for pair in pairs]
-    elif all(pair.get("score") is not None for pair in pairs):
-        labels = [float(pair["score"]) for pair in pairs]
-    else:
+def _gather_pairs(pairs: Sequence[dict]) -> dict:
+    return {
+        "query": pairs[0]["query"],
+        "documents": [pair["document"] for pair in pairs],
+        "labels": [pair["label"] for pair in pairs],
+    }
+
+
+def _named_pair(row: Row) -> dict:
+    if isinstance(row["query_id"], bool) or not isinstance(row["query_id"], (str, int)):
+        raise TypeError(f"'query_id' must be a string or a whole number, found {row['query_id']!r}")
+    pair = {"key": str(row["query_id"]), "query": _text(row["query"], "query")}
+    pair |= {"document": _document(_text(row["text"], "text"), row["doc_id"])}
+    for key in ("relevance", "rank", "score"):
+        value = row.get(key)
+        if value is not None:
+            if isinstance(value, (bool, str)) or not math.isfinite(value):
+                raise ValueError(f"{key!r} must be a finite number, found {value!r}")
+            if key == "rank" and value % 1:
+                raise ValueError(f"'rank' must be a whole number, found {value!r}")
+            pair[key] = float(value)
+    return pair
+
+
+def _gather_named_pairs(pairs: Sequence[dict]) -> dict:
+    if any(pair["query"] != pairs[0]["query"] for pair in pairs):
+        raise ValueError(f"the query id {pairs[0]['key']!r} has two texts")
+    known = next((key for key in ("relevance", "rank", "score") if any(key in pair for pair in pairs)), None)
+    if known is None:
         labels = None
-    first = pairs[0]
-    return {"query": first["query"], "query_id": first["query_id"], "documents": documents, "labels": labels}
+    elif known == "relevance":  # what nobody judged is not relevant, as everywhere
+        labels = [pair.get(known, 0.0) for pair in pairs]
+    else:
+        if not all(known in pair for pair in pairs):
+            raise ValueError(f"some pairs of the query {pairs[0]['key']!r} have a {known} and some have none")
+        last = max(pair[known] for pair in pairs)
+        labels = [last - pair[known] + 1 if known == "rank" else pair[known] for pair in pairs]
+    documents = [pair["document"] for pair in pairs]
+    return {"query": pairs[0]["query"], "query_id": pairs[0]["key"], "documents": documents, "labels": labels}
 
 
 def _is_triplet(row: Row) -> bool:
@@ -232,15 +305,15 @@ SHAPES: dict[str, Shape] = {
     "named_pairs": Shape(
         _has("query_id", "doc_id", "query", "text"),
         "query_id, doc_id, query, text and perhaps relevance, rank or score",
-        _named_pairs,
-        lambda row: row.get("query_id"),
+        _named_pair,
+        _gather_named_pairs,
     ),
     "triplet": Shape(_is_triplet, "query, positive and negative (or negative_1, negative_2, ...)", _triplet),
     "pairs": Shape(
         _is_pair,
         f"query, one of {', '.join(PAIR_TEXT_KEYS)}, and label or score",
-        _pairs,
-        lambda row: row.get(_first(row, QUERY_KEYS) or "query"),
+        _pair,
+        _gather_pairs,
     ),
 }
 
@@ -266,13 +339,13 @@ def _read(path: str) -> Iterator[tuple[int, Row]]:
     lines = read_lines(path, "JSON objects or tab separated columns")
     first = next(lines)
     number, raw = first
-    if raw.lstrip().startswith(b"["):
+    has_columns = has_tabs(path)
+    if not has_columns and raw.lstrip().startswith(b"["):
         for place, row in enumerate(_parse_array(itertools.chain([first], lines), name), start=1):
             if not isinstance(row, dict):
                 raise DataError(f"row {place} must be a JSON object, not {type(row).__name__}", name, place)
             yield place, row
         return
-    has_columns = has_tabs(path)
     if has_columns is None:
         has_columns = not raw.lstrip().startswith(b"{")
     width = len(raw.split(b"\t"))
@@ -306,37 +379,27 @@ def _with_answers(rows: Iterator[tuple[int, Row]], path: str, name: str) -> Iter
         yield row[0], {**row[1], "answer": answer}
 
 
-def _fitting(rows: Iterator[tuple[int, Row]], shape: Shape, name: str) -> Iterator[tuple[int, Row]]:
-    for number, row in rows:
-        if not shape.fits(row):
-            raise DataError(f"expected a row with {shape.expected}, found {_keys(row)}", name, number)
-        yield number, row
-
-
-def _gathered(rows: Iterator[tuple[int, Row]], shape: Shape, name: str) -> Iterator[tuple[int, Row]]:
-    """{"pairs": [...]} for each run of rows with one key."""
-    seen: set[object] = set()
-
-    def key(numbered: tuple[int, Row]) -> object:
-        number, row = numbered
-        found = shape.key(row)
-        if not isinstance(found, (str, int)):
-            raise DataError(f"a query must be a string, not {type(found).__name__}", name, number)
-        return found
-
-    for query, group in itertools.groupby(rows, key):
+def _gathered(pairs: Iterator[tuple[int, dict]], shape: Shape, name: str) -> Iterator[tuple[int, dict]]:
+    """The list that each run of pairs with one key makes, with the number of its first row."""
+    seen: set[str] = set()
+    for key, group in itertools.groupby(pairs, lambda numbered: numbered[1]["key"]):
         group = list(group)
-        if query in seen:
-            raise DataError(f"the query {str(query)[:60]!r} comes again; sort the rows by query", name, group[0][0])
-        seen.add(query)
-        yield group[0][0], {"pairs": [row for _, row in group]}
+        number = group[0][0]
+        if key in seen:
+            raise DataError(f"the query {key[:60]!r} comes again; sort the rows by query", name, number)
+        seen.add(key)
+        try:
+            yield number, shape.gather([pair for _, pair in group])
+        except ValueError as error:
+            raise DataError(f"in the rows from here on, {error}", name, number) from None
 
 
 def write_rows(path: Path, lists: Iterable[RankingList], shape: str) -> None:
     """Writes ranking lists in a shape of WRITERS, gzip where the path ends in .gz; it appears whole or not at all.
 
-    What a shape cannot say is left out: ids (columns, flag_embedding), labels but for their order (rank_llm, run).
-    Raises DataError for an unknown shape, and for lists that lack what it needs: labels, or ids for a run.
+    What a shape cannot say is left out: labels but for their order (rank_llm, run). Raises DataError for an unknown
+    shape and for lists that lack what it needs or that it cannot tell apart: labels, which must be finite but in
+    lists; and where rows are single pairs, ids, a document and a query id of its own.
     """
     if shape not in WRITERS:
         raise DataError(f"there is no shape {shape!r} to write; known are {', '.join(WRITERS)}")
@@ -346,12 +409,23 @@ def write_rows(path: Path, lists: Iterable[RankingList], shape: str) -> None:
 def _labels(ranking: RankingList, path: str) -> tuple[float, ...]:
     if ranking.labels is None:
         raise DataError(f"the list of query {ranking.query[:60]!r} has no labels, which this shape needs", path)
+    if not all(map(math.isfinite, ranking.labels)):
+        raise DataError(f"the list of query {ranking.query[:60]!r} has an infinite label, which JSON cannot hold", path)
     return ranking.labels
 
 
-def _require_ids(ranking: RankingList, path: str) -> None:
-    if ranking.query_id is None or ranking.document_ids is None:
-        raise DataError(f"the list of query {ranking.query[:60]!r} has no ids, which this shape needs", path)
+def _with_own_ids(lists: Iterable[RankingList], path: str) -> Iterator[RankingList]:
+    """The lists, checked for rows of single pairs: those of one query must be all of its list."""
+    seen: set[str] = set()
+    for ranking in lists:
+        if ranking.query_id is None or ranking.document_ids is None:
+            raise DataError(f"the list of query {ranking.query[:60]!r} has no ids, which this shape needs", path)
+        if not ranking.documents:
+            raise DataError(f"the list of query {ranking.query[:60]!r} has no document to write", path)
+        if ranking.query_id in seen:
+            raise DataError(f"two lists have the query id {ranking.query_id!r}", path)
+        seen.add(ranking.query_id)
+        yield ranking
 
 
 def _best_first(ranking: RankingList, path: str) -> list[int]:
@@ -370,22 +444,25 @@ def _writer(to_row: Callable[[RankingList, str], Iterable[dict]]) -> Callable[[s
 
 
 def _columns_row(ranking: RankingList, path: str) -> Iterator[dict]:
-    labels = list(_labels(ranking, path))
-    yield {"query": ranking.query, "docs": list(ranking.documents), "labels": labels}
+    row: dict = {"query": ranking.query, "docs": list(ranking.documents), "labels": list(_labels(ranking, path))}
+    if ranking.query_id is not None:
+        row["query_id"] = ranking.query_id
+    if ranking.document_ids is not None:
+        row["doc_ids"] = list(ranking.document_ids)
+    yield row
 
 
 def _flag_embedding_row(ranking: RankingList, path: str) -> Iterator[dict]:
     labels = _labels(ranking, path)
-    sides: dict[bool, list[int]] = {True: [], False: []}
-    for place, label in enumerate(labels):
-        sides[label > 0].append(place)
-    yield {
-        "query": ranking.query,
-        "pos": [ranking.documents[place] for place in sides[True]],
-        "neg": [ranking.documents[place] for place in sides[False]],
-        "pos_scores": [labels[place] for place in sides[True]],
-        "neg_scores": [labels[place] for place in sides[False]],
-    }
+    row: dict = {"query": ranking.query}
+    for side in ("pos", "neg"):
+        places = [place for place, label in enumerate(labels) if (label > 0) == (side == "pos")]
+        row |= {side: [ranking.documents[i] for i in places], f"{side}_scores": [labels[i] for i in places]}
+        if ranking.document_ids is not None:
+            row[f"{side}_id"] = [ranking.document_ids[i] for i in places]
+    if ranking.query_id is not None:
+        row["query_id"] = ranking.query_id
+    yield row
 
 
 def _rank_llm_row(ranking: RankingList, path: str) -> Iterator[dict]:
@@ -401,22 +478,24 @@ def _rank_llm_row(ranking: RankingList, path: str) -> Iterator[dict]:
 
 
 def _named_pairs_row(ranking: RankingList, path: str) -> Iterator[dict]:
-    _require_ids(ranking, path)
     for text, name, label in zip(ranking.documents, ranking.document_ids, _labels(ranking, path), strict=True):
         row = {"query_id": ranking.query_id, "doc_id": name, "query": ranking.query, "text": text}
         yield row | {"score": label}
 
 
+def _write_as_named_pairs(path: str, lists: Iterable[RankingList]) -> None:
+    _writer(_named_pairs_row)(path, _with_own_ids(lists, path))
+
+
 def _write_as_run(path: str, lists: Iterable[RankingList]) -> None:
     run = {}
-    for ranking in lists:
-        _require_ids(ranking, path)
-        if ranking.query_id in run:
-            raise DataError(f"two lists have the query id {ranking.query_id!r}", path)
-        run[ranking.query_id] = [
-            (ranking.document_ids[place], float(ranking.labels[place])) for place in _best_first(ranking, path)
-        ]
-    write_run(path, run)
+    for ranking in _with_own_ids(lists, path):
+        order = _best_first(ranking, path)
+        run[ranking.query_id] = [(ranking.document_ids[place], ranking.labels[place]) for place in order]
+    try:
+        write_run(path, run)
+    except ValueError as error:
+        raise DataError(str(error), path) from None
 
 
 WRITERS: dict[str, Callable[[str, Iterable[RankingList]], None]] = {
@@ -424,6 +503,6 @@ WRITERS: dict[str, Callable[[str, Iterable[RankingList]], None]] = {
     "columns": _writer(_columns_row),
     "flag_embedding": _writer(_flag_embedding_row),
     "rank_llm": _writer(_rank_llm_row),
-    "named_pairs": _writer(_named_pairs_row),
+    "named_pairs": _write_as_named_pairs,
     "run": _write_as_run,
 }

@@ -17,6 +17,7 @@ from fastrank.data import scored_ids
 from fastrank.data.files import DataError, decode, expand_path, read_lines, write_aside
 from fastrank.data.formats import Path, column, whole_number
 
+_UNRANKED = -1
 RUN_LINE = "query-id Q0 document-id rank score tag"
 
 
@@ -59,12 +60,18 @@ def read_ranked_run(path: Path) -> dict[str, RankedQuery]:
             )
         if rank is None or rank == scored_ids.PAIRED:
             unranked.add(query_id)
+            rank = _UNRANKED
         query.document_ids.append(document_id)
-        query.ranks.append(0 if rank is None else rank)
+        query.ranks.append(rank)
         query.scores.append(score)
         query.lines.append(line)
+    if not run:
+        raise DataError("the file holds no row", path)
     for query_id in unranked:
         query = run[query_id]
+        line = next((line for line, rank in zip(query.lines, query.ranks, strict=True) if rank != _UNRANKED), None)
+        if line is not None:
+            raise DataError(f"query {query_id!r} has a rank here and rows without one", path, line)
         for rank, place in enumerate(sorted(range(len(query.scores)), key=lambda i: -query.scores[i]), start=1):
             query.ranks[place] = rank
     return run

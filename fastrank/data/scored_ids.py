@@ -42,7 +42,7 @@ def read_parquet_rows(path: str) -> Iterator[tuple[int, dict]]:
                     yield number, row
     except FileNotFoundError:
         raise DataError("no such file", path) from None
-    except (ArrowException, OSError) as error:
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"is not a readable parquet file: {error}", path) from None
 
 
@@ -54,7 +54,8 @@ def from_parquet(path: str) -> Iterator[Scored]:
             if found[name] is None and name != "rank":
                 raise DataError(f"the row has none of the columns {', '.join(columns)}", path, number)
         rank = found["rank"]
-        if rank is not None and (rank != int(rank) or rank < 0):
+        # A column with gaps may come as floats.
+        if rank is not None and not (type(rank) in (int, float) and 0 <= rank < 2**63 and rank % 1 == 0):
             raise DataError(f"the rank must be a whole number from 0, found {rank!r}", path, number)
         yield (
             number,
@@ -83,13 +84,20 @@ def from_hard_negatives(raw: bytes, path: str, line: int) -> Iterator[Scored]:
     try:
         row = json.loads(decode(raw, path, line))
         found = [*row["pos"], *(one for system in row["neg"].values() for one in system)]
-        scored = {_id(one["pid"], path, line): score_of(one["ce-score"], path, line) for one in found}
         query_id = _id(row["qid"], path, line)
+        scored: dict[str, float] = {}
+        for one in found:
+            document_id, score = _id(one["pid"], path, line), score_of(one["ce-score"], path, line)
+            if scored.setdefault(document_id, score) != score:
+                message = f"document {document_id!r} has the scores {scored[document_id]} and {score}"
+                raise DataError(message, path, line)
     except DataError:
         raise
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         form = "{qid, pos: [{pid, ce-score}], neg: {system: [{pid, ce-score}]}}"
         raise DataError(f"expected {form}", path, line) from None
+    if not scored:
+        raise DataError("the line has no document", path, line)
     for document_id, score in scored.items():
         yield line, query_id, document_id, score, None
 
@@ -102,9 +110,9 @@ def from_triple(fields: list[bytes], path: str, line: int) -> Iterator[Scored]:
 
 
 def is_hofstaetter(fields: list[bytes]) -> bool:
-    """Whether a line's columns begin with two scores and are five."""
+    """Whether a line's columns are five and begin with two scores; `7 0 ...` is a TREC run that lacks a column."""
     try:
-        return len(fields) == 5 and all(math.isfinite(float(field)) for field in fields[:2])
+        return len(fields) == 5 and fields[1] != b"0" and all(math.isfinite(float(field)) for field in fields[:2])
     except ValueError:
         return False
 
@@ -128,9 +136,9 @@ def score_of(value: object, path: str, line: int) -> float:
         # float() would read "1_000" as 1000.
         is_number = not isinstance(value, bool) and not (isinstance(value, bytes) and b"_" in value)
         number = float(value) if is_number else math.nan  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        shown = decode(value, path, line) if isinstance(value, bytes) else value
-        raise DataError(f"the score must be a finite number, found {shown!r}", path, line)
+        shown = repr(decode(value, path, line) if isinstance(value, bytes) else value)
+        raise DataError(f"the score must be a finite number, found {shown[:60]}", path, line)
     return number
