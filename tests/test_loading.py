@@ -123,7 +123,9 @@ def test_single_relevant_counts_what_it_skips(files):
     assert data.keys == ["1"]
     assert data.report.left_out["lists without a relevant document"] == 1
     assert data.report.notes["lists shorter than sample_size"] == 1
-    assert str(data.report).endswith("1 lists without a relevant document; note: 1 lists shorter than sample_size")
+    assert str(data.report).endswith(
+        "1 lists without a relevant document, 1 queries without candidates; note: 1 lists shorter than sample_size"
+    )
     data = load_data({**files, "sampling": "single_relevant", "sample_size": 2}, seed=3)
     draws = [data.draw(0, epoch=epoch) for epoch in range(60)]
     assert all(len(draw) == 2 and sum(label > 0 for label in draw.labels) == 1 for draw in draws)

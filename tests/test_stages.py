@@ -1,7 +1,10 @@
 """Several runs in one configuration: keys, the checkpoint that is handed on, resuming, and what is wrong."""
 
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from test_train import assert_equal_weights, checkpoint, kill_when, make_config,
 from fastrank.data import write_lists
 from fastrank.train import TrainConfig, read_stages, train, train_stages
 from fastrank.train.__main__ import main
+from fastrank.train.state import STATE_FILE
 
 COMMON = {"learning_rate": 1e-3, "per_device_train_batch_size": 4, "max_length": 48, "logging_steps": 1}
 
@@ -101,6 +105,58 @@ def test_the_command(configuration, tmp_path, capsys):
     (tmp_path / "wrong.yaml").write_text("stages: 3\nmodel: x")
     assert main([str(tmp_path / "wrong.yaml")]) == 2
     assert "stages must be a list" in capsys.readouterr().err
+
+
+NURSERY = """
+import os, sys, yaml
+from pathlib import Path
+from fastrank.train import read_stages, train_stages
+configs = read_stages(yaml.safe_load(Path(sys.argv[1]).read_text()) | {"resume": True})
+for _ in sys.stdin:  # imports are done once; nothing was computed here, so that a child may start threads
+    child = os.fork()
+    if child == 0:
+        train_stages(configs, quiet=True)
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+def test_twenty_kills_of_one_chain(configuration, tmp_path):
+    """SIGKILL at 20 moments, in steps, in writing states and in writing checkpoints; two threads, dropout on."""
+    configuration |= {"save_steps": 1, "num_threads": 2, "max_steps": 10}
+    configuration["stages"][1]["max_steps"] = 10
+    whole = train_stages(read_stages(configuration | {"output_dir": str(tmp_path / "whole")}), quiet=True)
+    (tmp_path / "stages.yaml").write_text(yaml.safe_dump(configuration))
+
+    def has(name):
+        return lambda folder: (folder / name).exists()
+
+    # Eight kills in the first steps of a stage, by turns between steps and while a state is written; two in its last.
+    moments = [(step, has(STATE_FILE + ".writing") if step % 2 else lambda folder: True) for step in range(1, 9)]
+    moments += [(9, has(".partial")), (9, has(".partial"))]
+    command = [sys.executable, "-c", NURSERY, str(tmp_path / "stages.yaml")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as nursery:
+
+        def begin() -> int:
+            nursery.stdin.write("\n")
+            nursery.stdin.flush()
+            return int(nursery.stdout.readline())
+
+        for folder in (tmp_path / "run" / "1-labels", tmp_path / "run" / "2-teacher"):
+            for steps, is_there in moments:
+                child, deadline = begin(), time.monotonic() + 60
+                while not (steps_logged(folder) >= steps - 1 and is_there(folder)):
+                    assert time.monotonic() < deadline, f"step {steps} of {folder.name} does not come"
+                    time.sleep(0.0002)
+                os.kill(child, signal.SIGKILL)
+                assert int(nursery.stdout.readline()) == -signal.SIGKILL, "it had ended"
+        begin()
+        assert nursery.stdout.readline() == "0\n"
+        nursery.stdin.close()
+    assert_equal_weights(folder, whole)
+    states = [load_file(one / STATE_FILE) for one in (whole, folder)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
 @pytest.mark.parametrize("moment", [("1-labels", 2), ("2-teacher", 1)])

@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from fastrank.data.files import DataError, clean_text, decode, expand_path, name_of, read_lines, write_aside
 from fastrank.data.ranking_list import RankingList
+from fastrank.data.store import Store, open_store
 
 Path = str | os.PathLike[str]
 
@@ -86,6 +87,28 @@ def read_documents(path: Path, *, wanted: Collection[str] | None = None) -> dict
             raise DataError(f"the document id {document_id!r} comes twice", path, line)
         documents[document_id] = text
     return documents
+
+
+def open_documents(path: Path) -> Store:
+    """Documents as UTF-8 by id, in a store that holds a large file on disk; read and checked as in read_documents."""
+    return _open_texts(path, "document", DOCUMENT_ID_KEYS, DOCUMENT_TEXT_KEYS)
+
+
+def open_queries(path: Path) -> Store:
+    """Queries as UTF-8 by id, as open_documents; DataError for an id that comes twice."""
+    store = _open_texts(path, "query", QUERY_ID_KEYS, QUERY_TEXT_KEYS)
+    if repeated := store.repeated():
+        raise DataError(f"the query id {store.record(min(repeated))[0]!r} comes twice", expand_path(path))
+    return store
+
+
+def _open_texts(path: Path, noun: str, id_keys: Sequence[str], text_keys: Sequence[str]) -> Store:
+    path = expand_path(path)
+
+    def records() -> Iterator[tuple[str, bytes]]:
+        return ((name, text.encode()) for _, name, text in _read_texts(path, noun, id_keys, text_keys))
+
+    return open_store(path, noun, records)
 
 
 def read_lists(path: Path) -> list[RankingList]:
@@ -163,18 +186,22 @@ def write_lists(path: Path, lists: Iterable[RankingList]) -> None:
     """Write RankingLists as JSON lines that read_lists reads back equal (lone surrogates become U+FFFD)."""
     with write_aside(expand_path(path)) as file:
         for ranking in lists:
-            documents: list[object] = [clean_text(text) for text in ranking.documents]
-            if ranking.document_ids is not None:
-                documents = [
-                    {"id": clean_text(name), "text": text}
-                    for name, text in zip(ranking.document_ids, documents, strict=True)
-                ]
-            row: dict[str, object] = {"query": clean_text(ranking.query), "documents": documents}
-            if ranking.query_id is not None:
-                row = {"query_id": clean_text(ranking.query_id), **row}
-            if ranking.labels is not None:
-                row["labels"] = ranking.labels
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(to_json(ranking) + "\n")
+
+
+def to_json(ranking: RankingList) -> str:
+    """One line as write_lists writes it."""
+    documents: list[object] = [clean_text(text) for text in ranking.documents]
+    if ranking.document_ids is not None:
+        documents = [
+            {"id": clean_text(name), "text": text} for name, text in zip(ranking.document_ids, documents, strict=True)
+        ]
+    row: dict[str, object] = {"query": clean_text(ranking.query), "documents": documents}
+    if ranking.query_id is not None:
+        row = {"query_id": clean_text(ranking.query_id), **row}
+    if ranking.labels is not None:
+        row["labels"] = ranking.labels
+    return json.dumps(row, ensure_ascii=False)
 
 
 def parse_json_object(raw: bytes, path: object, line: int) -> dict:

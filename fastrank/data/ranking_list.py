@@ -7,7 +7,7 @@ trainer and the evaluation begin with it. Lists are ragged: any number of docume
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -96,13 +96,18 @@ def _number(value: object, position: int) -> float:
     return number
 
 
-def list_keys(lists: Sequence[RankingList]) -> list[str]:
+def list_keys(lists: Iterable[RankingList]) -> list[str]:
     """One name per list, all different: its query id, or its place where it has none; #2, #3 ... added if taken."""
+    return keys_of(ranking.query_id for ranking in lists)
+
+
+def keys_of(query_ids: Iterable[str | None]) -> list[str]:
+    """The keys of lists with these query ids, as in list_keys."""
     taken: set[str] = set()
     times: dict[str, int] = {}
     keys: list[str] = []
-    for place, ranking in enumerate(lists):
-        name = key = str(place) if ranking.query_id is None else ranking.query_id
+    for place, query_id in enumerate(query_ids):
+        name = key = str(place) if query_id is None else query_id
         while key in taken:
             times[name] = times.get(name, 1) + 1
             key = f"{name}#{times[name]}"

@@ -6,6 +6,7 @@ are cut at ASCII white space, so that ids may hold any other character.
 
 from __future__ import annotations
 
+import json
 import math
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,8 +17,9 @@ import numpy as np
 from fastrank.data import scored_ids
 from fastrank.data.files import DataError, decode, expand_path, read_lines, write_aside
 from fastrank.data.formats import Path, column, whole_number
+from fastrank.data.store import open_store
 
-_UNRANKED = -1
+_UNRANKED = -2  # beside scored_ids.PAIRED
 RUN_LINE = "query-id Q0 document-id rank score tag"
 
 
@@ -31,50 +33,122 @@ class RankedQuery:
     lines: array = field(default_factory=lambda: array("q"))
 
 
-def read_ranked_run(path: Path) -> dict[str, RankedQuery]:
-    """Read a run with both its rank and its score column: {query id: RankedQuery}, rows in file order.
+class RankedRun(Mapping[str, RankedQuery]):
+    """A run with both its rank and its score column, by query id in the file's order, rows of a query likewise.
+
+    Queries are read when they are asked for and not kept, so that a run of any size takes little memory. Reading one
+    raises DataError for a document that comes twice (but in pairs and triples with the score that it had), and for a
+    rank on some of its rows only.
 
     path: a TREC run, or one of the files of fastrank.data.scored_ids, told by its name (.parquet) and its first line;
-    without a rank column documents are ranked by score. A document that comes again for its query is an error, but in
-    pairs and triples, where it must have the score that it had.
-    Raises DataError for a wrong number of columns, a rank that is no whole number from 0, a score that is not finite,
-    or a document that comes twice for one query.
+    without a rank column documents are ranked by score. Raises DataError for a wrong number of columns, a rank that is
+    no whole number from 0 or a score that is not finite.
     """
-    path = expand_path(path)
-    run: dict[str, RankedQuery] = {}
-    places: dict[str, dict[str, int]] = {}
-    unranked: set[str] = set()
+
+    def __init__(self, path: Path):
+        self.path = expand_path(path)
+        self._store = open_store(self.path, "run", lambda: map(_pack, _blocks(self.path)))
+        if not len(self._store):
+            raise DataError("the file holds no row", self.path)
+        self._repeated = self._store.repeated()
+
+    @property
+    def digest(self) -> bytes:
+        """Changes with any row."""
+        return self._store.digest
+
+    def __len__(self) -> int:
+        return len(self._store) - len(self._repeated)
+
+    def __iter__(self) -> Iterator[str]:
+        repeated = set(self._repeated)
+        return (self._store.record(place)[0] for place in range(len(self._store)) if place not in repeated)
+
+    def __contains__(self, query_id: object) -> bool:
+        return isinstance(query_id, str) and bool(self._store.find([query_id])[0] >= 0)
+
+    def __getitem__(self, query_id: str) -> RankedQuery:
+        places = self._store.find_all(query_id)
+        if not places:
+            raise KeyError(query_id)
+        return _joined(query_id, [_unpack(self._store.record(place)[1]) for place in places], self.path)
+
+
+def read_ranked_run(path: Path) -> dict[str, RankedQuery]:
+    """Read a run with both its rank and its score column into memory: {query id: RankedQuery}; see RankedRun."""
+    return dict(RankedRun(path))
+
+
+def _blocks(path: str) -> Iterator[tuple[str, RankedQuery]]:
+    """The rows that follow each other and have one query; where no rank is known it is one of the two constants."""
+    last: str | None = None
+    block = RankedQuery()
     for line, query_id, document_id, score, rank in _read_scored(path):
-        query = run.get(query_id)
-        if query is None:
-            query = run[query_id] = RankedQuery()
-            places[query_id] = {}
-        known = places[query_id].setdefault(document_id, len(query.lines))
-        if known < len(query.lines):
-            if rank == scored_ids.PAIRED and query.scores[known] == score:
-                continue
+        if query_id != last:
+            if last is not None:
+                yield last, block
+            last, block = query_id, RankedQuery()
+        block.document_ids.append(document_id)
+        block.ranks.append(_UNRANKED if rank is None else rank)
+        block.scores.append(score)
+        block.lines.append(line)
+    if last is not None:
+        yield last, block
+
+
+def _pack(block: tuple[str, RankedQuery]) -> tuple[str, bytes]:
+    query_id, query = block
+    numbers = b"".join(one.tobytes() for one in (query.ranks, query.scores, query.lines))
+    count, ids = len(query.lines), "\n".join(query.document_ids)
+    if ids.count("\n") != count - 1:  # only JSON and parquet can hold such an id
+        count, ids = -count, json.dumps(query.document_ids)
+    return query_id, count.to_bytes(8, "little", signed=True) + numbers + ids.encode()
+
+
+def _unpack(raw: bytes) -> RankedQuery:
+    count = int.from_bytes(raw[:8], "little", signed=True)
+    is_json, count = count < 0, abs(count)
+    query = RankedQuery()
+    for number, numbers in enumerate((query.ranks, query.scores, query.lines)):
+        numbers.frombytes(raw[8 + 8 * count * number : 8 + 8 * count * (number + 1)])
+    ids = raw[8 + 24 * count :].decode()
+    query.document_ids = json.loads(ids) if is_json else ids.split("\n")
+    return query
+
+
+def _joined(query_id: str, blocks: Sequence[RankedQuery], path: str) -> RankedQuery:
+    """One query's blocks as one, checked, with ranks by score where the file has none."""
+    query = blocks[0]
+    for block in blocks[1:]:
+        query.document_ids += block.document_ids
+        for numbers, more in ((query.ranks, block.ranks), (query.scores, block.scores), (query.lines, block.lines)):
+            numbers.extend(more)
+    if len(set(query.document_ids)) < len(query.document_ids):
+        query = _without_repeated(query_id, query, path)
+    if min(query.ranks) < 0:
+        if max(query.ranks) >= 0:
+            line = next(line for line, rank in zip(query.lines, query.ranks, strict=True) if rank >= 0)
+            raise DataError(f"query {query_id!r} has a rank here and rows without one", path, line)
+        for rank, place in enumerate(sorted(range(len(query.scores)), key=lambda i: -query.scores[i]), start=1):
+            query.ranks[place] = rank
+    return query
+
+
+def _without_repeated(query_id: str, query: RankedQuery, path: str) -> RankedQuery:
+    first: dict[str, int] = {}
+    for place, (document_id, line) in enumerate(zip(query.document_ids, query.lines, strict=True)):
+        known = first.setdefault(document_id, place)
+        may_repeat = query.ranks[place] == scored_ids.PAIRED and query.scores[known] == query.scores[place]
+        if known < place and not may_repeat:
             raise DataError(
                 f"document {document_id!r} comes twice for query {query_id!r}; it was on line {query.lines[known]}",
                 path,
                 line,
             )
-        if rank is None or rank == scored_ids.PAIRED:
-            unranked.add(query_id)
-            rank = _UNRANKED
-        query.document_ids.append(document_id)
-        query.ranks.append(rank)
-        query.scores.append(score)
-        query.lines.append(line)
-    if not run:
-        raise DataError("the file holds no row", path)
-    for query_id in unranked:
-        query = run[query_id]
-        line = next((line for line, rank in zip(query.lines, query.ranks, strict=True) if rank != _UNRANKED), None)
-        if line is not None:
-            raise DataError(f"query {query_id!r} has a rank here and rows without one", path, line)
-        for rank, place in enumerate(sorted(range(len(query.scores)), key=lambda i: -query.scores[i]), start=1):
-            query.ranks[place] = rank
-    return run
+    kept = RankedQuery([query.document_ids[place] for place in first.values()])
+    for numbers, all_of_it in ((kept.ranks, query.ranks), (kept.scores, query.scores), (kept.lines, query.lines)):
+        numbers.extend(all_of_it[place] for place in first.values())
+    return kept
 
 
 def _read_scored(path: str) -> Iterator[scored_ids.Scored]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import random
 from collections.abc import Sequence
@@ -32,9 +31,8 @@ class Feed:
         self._lists_per_step = lists_per_step
         self._seed = seed
         self._epoch, self._order = -1, []
-        for name, one in zip(self._data.keys, self._data.candidates, strict=True):
-            if one.labels is None:
-                raise ValueError(f"List {name!r} of the training data has no labels to learn from.")
+        if self._data.unlabelled is not None:
+            raise ValueError(f"List {self._data.unlabelled!r} of the training data has no labels to learn from.")
 
     @property
     def num_lists(self) -> int:
@@ -62,12 +60,10 @@ class Feed:
         start = place * self._lists_per_step
         return [self._data.draw(index, epoch=epoch) for index in self._order[start : start + self._lists_per_step]]
 
+    @property
     def fingerprint(self) -> str:
         """Changes with any text, label or name of the data."""
-        digest = hashlib.blake2b(digest_size=16)
-        for key, one in zip(self._data.keys, self._data.candidates, strict=True):
-            digest.update(repr((key, one.query, one.documents, one.labels)).encode("utf-8", "surrogatepass"))
-        return digest.hexdigest()
+        return self._data.fingerprint
 
 
 class EvaluationSet:

@@ -20,7 +20,8 @@ from fastrank.data.files import write_aside
 
 from .config import TrainConfig, read_yaml, to_yaml
 from .feed import EvaluationSet, Feed
-from .report import LOG_FILE, Report
+from .processes import Processes
+from .report import LOG_FILE, NoReport, Report
 from .state import STATE_FILE, Progress, load_state, save_state
 from .trainer import Trainer
 
@@ -50,13 +51,15 @@ def train(config: TrainConfig, *, quiet: bool = False) -> Path:
     folder = Path(config.output_dir)
     feed = Feed(config.train_data, lists_per_step=config.lists_per_step, seed=config.seed)
     num_steps = config.max_steps or max(1, math.ceil(feed.steps_per_epoch * config.num_train_epochs))
+    processes = Processes()
     if config.dry_run:
-        _print_plan(config, feed, num_steps)
+        if processes.is_first:
+            _print_plan(config, feed, num_steps)
         return folder
-    with _claimed(folder, config):
+    with _claimed(folder, config) if processes.is_first else contextlib.nullcontext():
         trainer = Trainer(config)
         evaluation = None if config.eval_data is None else EvaluationSet(config.eval_data, seed=config.seed)
-        fingerprint = feed.fingerprint()
+        fingerprint = feed.fingerprint
         progress = load_state(folder, trainer.model, trainer.optimizer) if config.resume else None
         # A run that was killed before its first state begins anew, and so does its log.
         logged_until = -1 if progress is None else progress.step
@@ -65,18 +68,22 @@ def train(config: TrainConfig, *, quiet: bool = False) -> Path:
             raise ValueError(
                 f"The training data differ from those that {folder} was trained on: start anew with --overwrite."
             )
-        if config.overwrite:  # only now that everything has been read, and nothing can be wrong with it any more
-            for entry in _left_in(folder):
-                if entry.name in RUN_FILES:
-                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        with write_aside(folder / CONFIG_FILE) as file:
-            file.write(to_yaml(config))
-        report = Report(folder, num_steps, logged_until, quiet=quiet)
+        if processes.is_first:
+            if config.overwrite:  # only now that everything has been read, and nothing can be wrong with it any more
+                for entry in _left_in(folder):
+                    if entry.name in RUN_FILES:
+                        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            with write_aside(folder / CONFIG_FILE) as file:
+                file.write(to_yaml(config))
+            report = Report(folder, num_steps, logged_until, quiet=quiet)
+        else:
+            report = NoReport()
         try:
             _announce(report, trainer, feed, num_steps, progress)
             _run(trainer, feed, evaluation, num_steps, progress, report)
         finally:
             report.close()
+        processes.wait()  # until the checkpoint is whole: the next stage begins with it in every process
     return folder
 
 
@@ -88,6 +95,7 @@ def _run(
     if evaluation and progress.step == 0:
         report.record({"step": 0, "ndcg_at_10": evaluation.ndcg_at_10(trainer.scores(evaluation.lists))})
     trainer.num_lists_without_terms = progress.lists_without_terms
+    writes = trainer.processes.is_first
     while progress.step < num_steps:
         started = time.perf_counter()
         lists = feed.step(progress.step)
@@ -112,12 +120,13 @@ def _run(
             record["ndcg_at_10"] = measure = evaluation.ndcg_at_10(trainer.scores(evaluation.lists))
             if progress.best_measure is None or measure > progress.best_measure:
                 progress.best_measure, progress.best_step = measure, progress.step
-                save_model(folder, trainer.model, trainer.tokenizer)
-        if last and not evaluation:
+                if writes:
+                    save_model(folder, trainer.model, trainer.tokenizer)
+        if last and not evaluation and writes:
             save_model(folder, trainer.model, trainer.tokenizer)
         if len(record) > 1:
             report.record(record)
-        if (last or progress.step % save_steps == 0) and math.isfinite(progress.loss_sum):
+        if writes and (last or progress.step % save_steps == 0) and math.isfinite(progress.loss_sum):
             save_state(folder, trainer.model, trainer.optimizer, progress)
     if trainer.num_lists_without_terms:
         count = trainer.num_lists_without_terms
@@ -151,7 +160,7 @@ def _interval(steps: float, num_steps: int) -> int:
 def _announce(report: Report, trainer: Trainer, feed: Feed, num_steps: int, progress: Progress) -> None:
     config = trainer.config
     report.line(
-        f"{config.lists_per_step} lists a step, {num_steps} steps; loss {config.loss}; {trainer.device}, "
+        f"{config.lists_per_step} lists a step, {num_steps} steps; loss {config.loss}; {_device(trainer)}, "
         f"{torch.get_num_threads()} threads, {config.precision}"
     )
     report.line(feed.summary)
@@ -159,6 +168,11 @@ def _announce(report: Report, trainer: Trainer, feed: Feed, num_steps: int, prog
         report.line(f"drawn from seed {config.seed}: {', '.join(trainer.model.initialised)}")
     if progress.step:
         report.line(f"resumed after step {progress.step}")
+
+
+def _device(trainer: Trainer) -> str:
+    count = trainer.processes.count
+    return str(trainer.device) if count == 1 else f"{count} processes on {trainer.device.type}"
 
 
 def _print_plan(config: TrainConfig, feed: Feed, num_steps: int) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fastrank.data.files import write_aside
 
-__all__ = ["Report", "plot_curves", "read_log"]
+__all__ = ["NoReport", "Report", "plot_curves", "read_log"]
 
 LOG_FILE = "log.jsonl"
 
@@ -86,6 +86,18 @@ class Report:
             self._progress.stop()
         if self._tensorboard is not None:
             self._tensorboard.close()
+
+
+class NoReport:
+    """The report of a process that is not the one that tells."""
+
+    def line(self, text: str) -> None: ...
+
+    def advance(self, step: int, loss: float) -> None: ...
+
+    def record(self, record: dict) -> None: ...
+
+    def close(self) -> None: ...
 
 
 def _progress_bar(num_steps: int, first_step: int):

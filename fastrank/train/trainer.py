@@ -22,6 +22,7 @@ from fastrank.packing import Pair, pack_lists, plan_chunks
 from fastrank.reranker import Reranker, find_device, load_parts
 
 from .config import TrainConfig
+from .processes import Processes
 
 __all__ = ["Trainer"]
 
@@ -39,6 +40,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig):
         self.config = config
+        self.processes = Processes()
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
         self.device = find_device(None if config.device == "auto" else config.device)
@@ -62,7 +64,6 @@ class Trainer:
         self.optimizer = self._make_optimizer()
         self.num_lists_without_terms = 0
         self._reranker = Reranker.from_parts(self.model, self.tokenizer, max_batch_tokens=config.max_batch_tokens)
-        self._token_ids: dict[str, np.ndarray] = {}
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         config = self.config
@@ -102,19 +103,34 @@ class Trainer:
             group["lr"] = group["peak"] * rate_factor
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        encoded = self.tokenize(lists)
         # Our losses tell labels apart that are one number in float32; a user's gets what it computes in.
         known = isinstance(self.loss, Loss)
         labels = [torch.tensor(one.labels, dtype=torch.float64 if known else torch.float32) for one in lists]
-        sizes = [sum(len(ids) for ids, _ in one) for one in encoded]
-        budget = self.config.max_batch_tokens
         num_terms = None
         if known:
             terms = count_terms(self.loss.name, torch.cat(labels), _offsets(labels), **self.loss_options)
             self.num_lists_without_terms += int((terms == 0).sum())
             num_terms = max(1, int(terms.sum()))
-        loss, num_passes = 0.0, 0
-        for chunk in plan_chunks(sizes, budget) if known else [range(len(lists))]:
+        own, own_labels = self.processes.share(lists), self.processes.share(labels)
+        encoded = self.tokenize(own)
+        if known or self.processes.count == 1:
+            loss = self.processes.sum(self._backward(own, encoded, own_labels, num_terms, number))
+        else:
+            loss = self._backward_of_whole_step(own, encoded, labels, number)
+        self.processes.sum_gradients(self.model.parameters())
+        if self.config.max_grad_norm > 0:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        self.optimizer.step()
+        return float(loss)
+
+    def _backward(
+        self, lists, encoded: list[list[Pair]], labels: list[Tensor], num_terms: int | None, number: int
+    ) -> Tensor:
+        """Lists packed as far as memory goes; returns their part of the loss."""
+        sizes = [sum(len(ids) for ids, _ in one) for one in encoded]
+        budget = self.config.max_batch_tokens
+        loss, num_passes = torch.zeros((), device=self.device), 0
+        for chunk in plan_chunks(sizes, budget) if num_terms is not None else [range(len(lists))]:
             part = [[values[i] for i in chunk] for values in (lists, encoded, labels)]
             if sum(sizes[i] for i in chunk) <= budget:
                 scores = self._scores(part[1], number, num_passes)
@@ -124,11 +140,8 @@ class Trainer:
                 value.backward()
             else:
                 value, num_passes = self._backward_in_two_passes(*part, num_terms, number, num_passes)
-            loss += value.detach()
-        if self.config.max_grad_norm > 0:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
-        self.optimizer.step()
-        return float(loss)
+            loss = loss + value.detach()
+        return loss
 
     def _loss(self, scores: Tensor, labels: list[Tensor], num_terms: int | None) -> Tensor:
         arguments = (scores, torch.cat(labels).to(self.device), _offsets(labels).to(self.device))
@@ -140,24 +153,50 @@ class Trainer:
         self, lists, encoded: list[list[Pair]], labels: list[Tensor], num_terms: int | None, number: int, first: int
     ) -> tuple[Tensor, int]:
         """first: index of the first pass. Returns the loss and the index after the last pass."""
+        passes = self._passes(encoded)
+        scores = self._score_passes(lists, passes, number, first)
+        loss = self._loss(scores.requires_grad_(), labels, num_terms)
+        (gradient,) = torch.autograd.grad(loss, scores)
+        self._backward_passes(passes, gradient, number, first)
+        return loss, first + len(passes)
+
+    def _backward_of_whole_step(self, own, encoded: list[list[Pair]], labels: list[Tensor], number: int) -> Tensor:
+        """For a loss that only the scores of all processes tell: each computes it whole and goes back through its own.
+
+        Returns the whole loss.
+        """
+        passes = self._passes(encoded)
+        scores = self._score_passes(own, passes, number, 0) if passes else torch.zeros(0, device=self.device)
+        parts = self.processes.gather([part.cpu() for part in scores.split([len(one) for one in encoded])])
+        whole = torch.cat(parts).to(self.device)
+        loss = self._loss(whole.requires_grad_(), labels, None)
+        (gradient,) = torch.autograd.grad(loss, whole)
+        slopes = self.processes.share(gradient.split([len(part) for part in parts]))
+        if passes:
+            self._backward_passes(passes, torch.cat(slopes), number, 0)
+        return loss.detach()
+
+    def _passes(self, encoded: list[list[Pair]]) -> list[list[Pair]]:
+        """The pairs of all lists, cut for memory."""
         pairs = [pair for one in encoded for pair in one]
-        passes = [
-            [pairs[i] for i in part]
-            for part in plan_chunks([len(ids) for ids, _ in pairs], self.config.max_batch_tokens)
-        ]
+        parts = plan_chunks([len(ids) for ids, _ in pairs], self.config.max_batch_tokens)
+        return [[pairs[i] for i in part] for part in parts]
+
+    def _score_passes(self, lists, passes: list[list[Pair]], number: int, first: int) -> Tensor:
         with torch.no_grad():
             scores = torch.cat([self._scores([part], number, index) for index, part in enumerate(passes, first)])
         self._refuse_nan(scores, lists)
-        loss = self._loss(scores.requires_grad_(), labels, num_terms)
-        (gradient,) = torch.autograd.grad(loss, scores)
+        return scores
+
+    def _backward_passes(self, passes: list[list[Pair]], gradient: Tensor, number: int, first: int) -> None:
         slopes = gradient.split([len(part) for part in passes])
         for index, (part, slope) in enumerate(zip(passes, slopes, strict=True), first):
             self._scores([part], number, index).backward(slope)
-        return loss, first + len(passes)
 
     def _scores(self, encoded: list[list[Pair]], number: int, index: int) -> Tensor:
         # Dropout's masks follow from where the pass stands in the run, so a resumed run draws the same ones.
-        digest = hashlib.blake2b(f"{self.config.seed} {number} {index}".encode(), digest_size=8).digest()
+        place = f"{self.config.seed} {number} {index}" + (f" {self.processes.rank}" if self.processes.rank else "")
+        digest = hashlib.blake2b(place.encode(), digest_size=8).digest()
         torch.manual_seed(int.from_bytes(digest, "little") >> 1)
         return self.model.score(pack_lists(encoded).to(self.device))
 
@@ -175,21 +214,20 @@ class Trainer:
             position -= len(one.documents)
 
     def tokenize(self, lists: Sequence[RankingList]) -> list[list[Pair]]:
-        """Each list's pairs as (token ids, token types); every text is tokenized once in the run."""
-        ids = self._token_ids
-        texts = [
-            text for text in dict.fromkeys(t for one in lists for t in (one.query, *one.documents)) if text not in ids
-        ]
-        if texts:
-            ids.update(zip(texts, self.tokenizer.encode(texts), strict=True))
+        """Each list's pairs as (token ids, token types)."""
+        texts = list(dict.fromkeys(text for one in lists for text in (one.query, *one.documents)))
+        ids = dict(zip(texts, self.tokenizer.encode(texts), strict=True))
         return [[self.tokenizer.pair(ids[one.query], ids[document]) for document in one.documents] for one in lists]
 
     def scores(self, lists: Sequence[RankingList]) -> list[np.ndarray]:
         """Scores of every list's documents without a gradient, each float32 (documents,)."""
         self.model.eval()
-        scores = self._reranker.score_pairs([pair for one in self.tokenize(lists) for pair in one])
-        self._refuse_nan(torch.from_numpy(scores), lists)
-        return np.split(scores, np.cumsum([len(one.documents) for one in lists])[:-1])
+        own = self.processes.share(lists)
+        scores = self._reranker.score_pairs([pair for one in self.tokenize(own) for pair in one])
+        self._refuse_nan(torch.from_numpy(scores), own)
+        return self.processes.gather(
+            np.split(scores, np.cumsum([len(one.documents) for one in own])[:-1]) if own else []
+        )
 
 
 def _freeze(model: CrossEncoder, layers: int) -> None:
