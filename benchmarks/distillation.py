@@ -1,8 +1,8 @@
 """LLM orders into a cross-encoder on the 97 judged queries of TREC DL 2019 and 2020: every query scored once.
 
 python benchmarks/distillation.py --model CHECKPOINT --output_dir OUT [--loss adr_mse] [--num_pairs 3200] [--folds 5]:
-trains one model a fold on the LLM orders of the other folds' queries (FASTRANK_DATA/trec-dl) and ranks BM25's top 100 of
-the fold's with it; --folds dl19 trains once, on dl19, and ranks dl20. --num_pairs 0 ranks with CHECKPOINT as it is.
+trains one model a fold on the LLM orders of the other folds' queries (FASTRANK_DATA/trec-dl) and ranks BM25's top 100
+of the fold's with it; --folds dl19 trains once, on dl19, and ranks dl20. --num_pairs 0 ranks with CHECKPOINT as it is.
 Writes OUT/<track>.run, which `fastrank compare` reads, and prints one JSON object: nDCG@10 with a bootstrap interval.
 """
 
@@ -26,7 +26,10 @@ from fastrank.train import TrainConfig, train
 from fastrank.train.demo import base_weights
 
 LIMITS = {"max_query_tokens": 24, "max_document_tokens": 96}
-BM25_TEACHERS = ("setwise_runs/BM25.{}.flan-t5-xxl.setwise.bubblesort", "setwise_runs/BM25.{}.flan-t5-xl.pairwise.allpair")
+BM25_TEACHERS = (
+    "setwise_runs/BM25.{}.flan-t5-xxl.setwise.bubblesort",
+    "setwise_runs/BM25.{}.flan-t5-xl.pairwise.allpair",
+)
 TEACHERS = {  # chosen by runs.tsv
     "dl19": (
         *(name.format("dl19") for name in BM25_TEACHERS),

@@ -106,6 +106,46 @@ def test_relevant_documents_are_added(files):
     assert data.report.left_out["relevant documents without a text"] == 1
 
 
+def test_likely_false_negatives_are_left_out(files, tmp_path):
+    (tmp_path / "run").write_text("1 0 a 1 9 t\n1 0 c 2 8 t\n1 0 b 3 8 t\n1 0 f 4 7.5 t\n1 0 d 5 7 t\n2 0 a 1 9 t\n")
+    (tmp_path / "qrels").write_text("1 0 b 2\n1 0 f 0\n2 0 e 1\n")
+    data = load_data({**files, "false_negative_margin": 0.5}, seed=0)
+    assert [(one.document_ids, one.labels) for one in data.candidates] == [
+        (("b", "f", "d"), (2, 0, 0)),
+        (("a",), (0,)),
+    ], "what is judged stays, and where no relevant candidate is, all"
+    assert data.report.left_out["likely false negatives"] == 2
+    assert load_data({**files, "false_negative_margin": 1.0}, seed=0).candidates[0].document_ids == ("b", "f")
+    for change, sentence in (({"targets": "rank"}, "needs targets 'relevance'"), ({}, "must be a finite number")):
+        margin = 1 if change else float("nan")
+        with pytest.raises(DataError, match=f"false_negative_margin {sentence}"):
+            load_data({**files, **change, "false_negative_margin": margin}, seed=0)
+
+
+def test_answers_of_an_llm(tmp_path):
+    passages = [{"docid": name, "text": name.upper()} for name in "abc"]
+    rows = [{"query": f"q{i}", "retrieved_passages": passages} for i in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "answers.json").write_text(json.dumps(["[3] > [1] > [2]", "[2]", "no"]))
+    source = {"lists": tmp_path / "rows.jsonl", "permutations": tmp_path / "answers.json"}
+    found = {
+        policy: [one.labels for one in load_data(source | {"permutation_policy": policy}, seed=0).candidates]
+        for policy in ("repair", "drop", "tier")
+    }
+    assert found == {
+        "repair": [(2, 1, 3), (2, 3, 1), (3, 2, 1)],
+        "drop": [(2, 1, 3)],
+        "tier": [(2, 1, 3), (0, 3, 0), (0, 0, 0)],
+    }
+    for wrong, sentence in (
+        ({"lists": "a", "permutation_policy": "drop"}, "needs permutations"),
+        ({"run": "a", "queries": "b", "documents": "c", "targets": "rank", "permutations": "d"}, "go with lists"),
+        (source | {"permutation_policy": "tiers"}, "the nearest is 'tier'"),
+    ):
+        with pytest.raises(DataError, match=sentence):
+            load_data(wrong, seed=0)
+
+
 def test_bm25_word(files, tmp_path):
     (tmp_path / "documents.jsonl").write_text(
         "".join(json.dumps({"_id": str(i), "text": f"one {'two ' * i}"}) + "\n" for i in range(5))

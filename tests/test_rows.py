@@ -371,6 +371,12 @@ def test_round_trips(tmp_path, lists):
         assert read.document_ids == tuple(ranking.document_ids[i] for i in order)
         assert read.documents == tuple(ranking.documents[i] for i in order)
         assert list(read.labels) == sorted(set(read.labels), reverse=True)
+    for ranking, order, read in zip(lists, best_first, back("rankgpt"), strict=True):
+        labels = tuple(float(ranking.labels[i] > 0) for i in order)
+        texts = tuple(ranking.documents[i] for i in order)
+        assert read == RankingList(
+            ranking.query, texts, labels, ranking.query_id, [ranking.document_ids[i] for i in order]
+        )
     write_rows(path, lists, "run")
     run = read_run(path)
     for ranking, order in zip(lists, best_first, strict=True):

@@ -1,5 +1,6 @@
 """Draws depend on seed, epoch and name alone, are fair, and are pinned: a resumed run sees the same."""
 
+import math
 import subprocess
 import sys
 from collections import Counter
@@ -68,6 +69,25 @@ def test_random_is_uniform_without_replacement():
     assert len(counts) == 12 and len(pairs) == 66
 
 
+def test_log_random_prefers_the_head():
+    draws = [_ids("log_random", 1, epoch=epoch) for epoch in range(6000)]
+    counts = Counter(draw[0] for draw in draws)
+    weights = [1 / math.log(1 + place) for place in range(1, 13)]
+    for place, weight in enumerate(weights):
+        probability = weight / sum(weights)
+        assert abs(counts[str(place)] - 6000 * probability) < 5 * (6000 * probability * (1 - probability)) ** 0.5
+    assert len(set(_ids("log_random", 12))) == 12
+
+
+@pytest.mark.parametrize("size", [1, 4, 5, 11, 12, 30])
+def test_top_and_random(size):
+    draws = [_ids("top_and_random", size, epoch=epoch) for epoch in range(400)]
+    num_top = min(12, -(-size // 2))
+    assert all(draw[:num_top] == RANKING.document_ids[:num_top] and len(draw) == min(size, 12) for draw in draws)
+    rest = Counter(document_id for draw in draws for document_id in draw[num_top:])
+    assert size == 1 or size >= 24 or set(rest) == set(RANKING.document_ids[num_top:])
+
+
 def test_single_relevant_takes_one_relevant_and_any_others():
     draws = [_ids("single_relevant", 5, epoch=epoch) for epoch in range(6000)]
     relevant = Counter(document_id for draw in draws for document_id in draw if document_id in ("0", "3", "8"))
@@ -101,7 +121,7 @@ def test_refusals():
         with pytest.raises(ValueError, match="list 'k' has no relevant document to draw"):
             draw_sample(ranking, "single_relevant", 2, seed=0, epoch=0, key="k")
     for sampling, size in (("best", 3), ("random", None)):
-        with pytest.raises(ValueError, match="choose one of all, top, random, single_relevant"):
+        with pytest.raises(ValueError, match="choose one of all, top, random, log_random, top_and_random, single"):
             draw_sample(RANKING, sampling, size, seed=0, epoch=0, key="k")
 
 

@@ -30,7 +30,7 @@ RUN = {"queries": "q", "documents": "d", "run": "r", "qrels": "j"}
         ({**RUN, "targets": "ranks"}, r"targets 'ranks' is not known; .* \(the nearest is 'rank'\)"),
         (
             {**RUN, "sampling": "single"},
-            "sampling 'single' is not known; choose one of all, top, random, single_relevant",
+            "sampling 'single' is not known; choose one of all, top, random, .* nearest is 'single_relevant'",
         ),
         ({**RUN, "sampling": "top"}, "sampling 'top' needs sample_size"),
         ({**RUN, "sample_size": 8}, "sampling 'all' takes no sample_size"),

@@ -7,6 +7,7 @@ list with a number again whenever a step draws it, so that only names stay in me
 from __future__ import annotations
 
 import json
+import math
 import os
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -90,8 +91,18 @@ class RowLists:
 
     def __init__(self, source: DataSource, left_out: Count) -> None:
         self._source, self._left_out = source, left_out
-        path = expand_path(source.lists)
-        self._store = open_store(path, "rows", lambda: (("", to_json(one).encode()) for one in read_rows(path)))
+        path, kind, answers = expand_path(source.lists), "rows", source.permutations
+        if answers is not None:
+            answers = expand_path(answers)
+            status = os.stat(answers) if os.path.exists(answers) else None
+            changed = status and (status.st_size, status.st_mtime_ns)
+            kind = f"rows {source.permutation_policy} {os.path.realpath(answers)} {changed}"
+
+        def records() -> Iterator[tuple[str, bytes]]:
+            lists = read_rows(path, permutations=answers, policy=source.permutation_policy)
+            return (("", to_json(one).encode()) for one in lists)
+
+        self._store = open_store(path, kind, records)
 
     def scan(self, update: Callable[[bytes], None]) -> Iterator[tuple[int, Scanned]]:
         update(self._store.digest)
@@ -181,6 +192,8 @@ class RunLists:
                 )
             candidates = self._cut(query_id, query)
             self._left_out("candidates below the depth", len(query.document_ids) - len(candidates.document_ids))
+            whole, candidates = candidates, self._without_false_negatives(query_id, candidates)
+            self._left_out("likely false negatives", len(whole.document_ids) - len(candidates.document_ids))
             if not candidates.document_ids:
                 continue
             found = texts.may_have(candidates.document_ids)
@@ -200,7 +213,7 @@ class RunLists:
 
     def read(self, number: int) -> RankingList:
         query_id, texts = self._query_ids[number], self._texts
-        candidates = self._cut(query_id, self._run[query_id])
+        candidates = self._without_false_negatives(query_id, self._cut(query_id, self._run[query_id]))
         ids, labels = self._labelled(query_id, candidates)
         places = texts.documents.find(ids).tolist()
         if min(places) < 0:  # two names of one hash, the one missing
@@ -223,6 +236,17 @@ class RunLists:
         if self._first_stage is not None:
             first_stage = self._first_stage[query_id] if query_id in self._first_stage else RankedQuery()
         return _cut(query, self._source.depth, first_stage)
+
+    def _without_false_negatives(self, query_id: str, candidates: RankedQuery) -> RankedQuery:
+        margin = self._source.false_negative_margin
+        if margin is None:
+            return candidates
+        grades = self._texts.qrels[query_id]
+        scored = list(zip(candidates.document_ids, candidates.scores, strict=True))
+        best = max((score for name, score in scored if grades.get(name, 0) > 0), default=math.inf)
+        return _rows(
+            candidates, [i for i, (name, score) in enumerate(scored) if name in grades or score < best - margin]
+        )
 
     def _labelled(self, query_id: str, candidates: RankedQuery) -> tuple[list[str], list[float]]:
         """Document ids and labels, the relevant documents that are added included."""
@@ -264,16 +288,22 @@ def _cut(query: RankedQuery, depth: int | None, first_stage: RankedQuery | None)
     else:
         rows = [i for i, rank in enumerate(ranks) if depth is None or rank <= depth]
     rows.sort(key=ranks.__getitem__)
-    cut = RankedQuery([query.document_ids[i] for i in rows])
-    cut.scores.extend(query.scores[i] for i in rows)
-    cut.lines.extend(query.lines[i] for i in rows)
-    cut.ranks.extend(ranks[i] for i in rows)
+    cut = _rows(query, rows)
+    cut.ranks[:] = array("q", (ranks[i] for i in rows))
     if first_stage is not None:
         # Tied ranks stay tied: each takes the place of the first of them.
         for place in range(len(rows)):
             tied = place > 0 and ranks[rows[place]] == ranks[rows[place - 1]]
             cut.ranks[place] = cut.ranks[place - 1] if tied else place + 1
     return cut
+
+
+def _rows(query: RankedQuery, rows: Sequence[int]) -> RankedQuery:
+    """Only these rows, in this order."""
+    kept = RankedQuery([query.document_ids[i] for i in rows])
+    for numbers, of_all in ((kept.ranks, query.ranks), (kept.scores, query.scores), (kept.lines, query.lines)):
+        numbers.extend(of_all[i] for i in rows)
+    return kept
 
 
 def _from_one(query: RankedQuery) -> list[int]:

@@ -28,14 +28,18 @@ TRIPLE_COLUMNS = ("query", "positive", "negative")
 TOP1000_COLUMNS = ("query_id", "doc_id", "query", "text")
 
 
-def read_rows(path: Path, shape: str | None = None, *, permutations: Path | None = None) -> Iterator[RankingList]:
+def read_rows(
+    path: Path, shape: str | None = None, *, permutations: Path | None = None, policy: str = "repair"
+) -> Iterator[RankingList]:
     """Reads ranking lists of any shape in SHAPES, one after the other.
 
     Arguments:
         path: JSON lines or an array of objects, .tsv of 3 columns (query, relevant text, other text) or 4 (MS MARCO's
             top1000: query id, document id, query, text), each plain or .gz; or .parquet. "-" = standard input.
         shape: a name in SHAPES; default: told by the keys of the first row.
-        permutations: for `rankgpt`: a JSON array with one answer ("[3] > [1] > ...") a row, repaired where needed.
+        permutations: for `rankgpt`: a JSON array with one answer ("[3] > [1] > ...") a row.
+        policy: of parse_permutation, for answers that are not well formed; a row whose answer is dropped gives a list
+            without documents.
 
     Labels are those of the row; the scores of FlagEmbedding's teacher; 1 and 0 for what is named relevant or not; or,
     where a row is only an order (rank_llm, rankgpt's permutations), n for its first document down to 1.
@@ -55,7 +59,7 @@ def read_rows(path: Path, shape: str | None = None, *, permutations: Path | None
     if permutations is not None:
         if chosen is not SHAPES["rankgpt"]:
             raise DataError("permutations go with rows of the shape rankgpt alone", name)
-        rows = _with_answers(rows, expand_path(permutations), name)
+        rows = _with_answers(rows, expand_path(permutations), policy, name)
     read = _read_each(rows, chosen, name)
     for number, mapping in read if chosen.gather is None else _gathered(read, chosen, name):
         yield ranking_list_from(mapping, name, number)
@@ -166,10 +170,9 @@ def _rankgpt(row: Row) -> dict:
         # Here, so that reading other shapes does not need the parser.
         from fastrank.data.permutations import parse_permutation
 
-        order = parse_permutation(row["answer"], len(retrieved)).order
-        labels = [0.0] * len(retrieved)
-        for label, place in zip(_by_order(len(retrieved)), order, strict=True):
-            labels[place] = label
+        labels = parse_permutation(row["answer"], len(retrieved), policy=row["policy"]).labels()
+        if labels is None:
+            retrieved, labels = [], []
     else:
         relevant = {_name_of_passage(one): one for one in row.get("positive_passages") or ()}
         labels = [float(_name_of_passage(one) in relevant) for one in retrieved]
@@ -368,7 +371,7 @@ def _parse_array(lines: Iterable[tuple[int, bytes]], name: str) -> object:
         raise DataError(f"not a valid JSON array: {error}", name, 1) from None
 
 
-def _with_answers(rows: Iterator[tuple[int, Row]], path: str, name: str) -> Iterator[tuple[int, Row]]:
+def _with_answers(rows: Iterator[tuple[int, Row]], path: str, policy: str, name: str) -> Iterator[tuple[int, Row]]:
     answers = _parse_array(read_lines(path, "a JSON array of answers"), path)
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
         raise DataError("expected a JSON array of strings", path)
@@ -376,7 +379,7 @@ def _with_answers(rows: Iterator[tuple[int, Row]], path: str, name: str) -> Iter
     for row, answer in itertools.zip_longest(rows, answers, fillvalue=missing):
         if row is missing or answer is missing:
             raise DataError(f"{name} and {path} have not the same number of rows and answers", name)
-        yield row[0], {**row[1], "answer": answer}
+        yield row[0], {**row[1], "answer": answer, "policy": policy}
 
 
 def _gathered(pairs: Iterator[tuple[int, dict]], shape: Shape, name: str) -> Iterator[tuple[int, dict]]:
@@ -397,7 +400,8 @@ def _gathered(pairs: Iterator[tuple[int, dict]], shape: Shape, name: str) -> Ite
 def write_rows(path: Path, lists: Iterable[RankingList], shape: str) -> None:
     """Writes ranking lists in a shape of WRITERS, gzip where the path ends in .gz; it appears whole or not at all.
 
-    What a shape cannot say is left out: labels but for their order (rank_llm, run). Raises DataError for an unknown
+    What a shape cannot say is left out: labels but for their order (rank_llm, run; rankgpt also
+    keeps whether they are above 0). Raises DataError for an unknown
     shape and for lists that lack what it needs or that it cannot tell apart: labels, which must be finite but in
     lists; and where rows are single pairs, ids, a document and a query id of its own.
     """
@@ -477,6 +481,18 @@ def _rank_llm_row(ranking: RankingList, path: str) -> Iterator[dict]:
     }
 
 
+def _rankgpt_row(ranking: RankingList, path: str) -> Iterator[dict]:
+    order = _best_first(ranking, path)
+    ids = ranking.document_ids or tuple(map(str, range(len(ranking))))
+    passages = [
+        {"docid": ids[place], "text": ranking.documents[place], "rank": rank}
+        for rank, place in enumerate(order, start=1)
+    ]
+    positive = [passages[rank] for rank, place in enumerate(order) if ranking.labels[place] > 0]
+    row: dict = {} if ranking.query_id is None else {"query_id": ranking.query_id}
+    yield row | {"query": ranking.query, "positive_passages": positive, "retrieved_passages": passages}
+
+
 def _named_pairs_row(ranking: RankingList, path: str) -> Iterator[dict]:
     for text, name, label in zip(ranking.documents, ranking.document_ids, _labels(ranking, path), strict=True):
         row = {"query_id": ranking.query_id, "doc_id": name, "query": ranking.query, "text": text}
@@ -503,6 +519,7 @@ WRITERS: dict[str, Callable[[str, Iterable[RankingList]], None]] = {
     "columns": _writer(_columns_row),
     "flag_embedding": _writer(_flag_embedding_row),
     "rank_llm": _writer(_rank_llm_row),
+    "rankgpt": _writer(_rankgpt_row),
     "named_pairs": _write_as_named_pairs,
     "run": _write_as_run,
 }

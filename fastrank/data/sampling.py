@@ -6,12 +6,13 @@ Python version it is made, so that a resumed run sees exactly what the uninterru
 
 from __future__ import annotations
 
+import math
 import random
 from hashlib import blake2b
 
 from fastrank.data.ranking_list import RankingList
 
-SAMPLINGS = ("all", "top", "random", "single_relevant")
+SAMPLINGS = ("all", "top", "random", "log_random", "top_and_random", "single_relevant")
 
 
 def draw_sample(
@@ -19,8 +20,10 @@ def draw_sample(
 ) -> RankingList:
     """Draw from a candidate list the documents of one training example, in the order they have in the list.
 
-    sampling: `all`; `top`: the first ones; `random`: uniform without replacement; `single_relevant`: one random
-    document with a label above 0 and sample_size - 1 random ones without, as in Rank-DistiLLM's first stage.
+    sampling: `all`; `top`: the first ones; `random`: uniform without replacement; `log_random`: without replacement,
+    the weight of place i (from 1) is 1 / ln(1 + i), as in Lightning-IR; `top_and_random`: the first half of the draw is
+    the first documents, the rest random ones of the others; `single_relevant`: one random document with a label above 0
+    and sample_size - 1 random ones without, as in Rank-DistiLLM's first stage.
     sample_size: documents to draw; a list that has fewer (of a kind) gives those it has. Not read for `all`.
     seed, epoch, key: what the draw depends on; `key` names the list.
     Raises ValueError for an unknown sampling, and under single_relevant for a list without a relevant document.
@@ -34,9 +37,17 @@ def draw_sample(
     else:
         # random() is the one method whose sequence Python promises to keep for a seed, so everything stands on it.
         draw = random.Random(_hash(f"{seed}\0{epoch}\0{key}")).random
-        shuffled = sorted(range(len(ranking)), key=[draw() for _ in range(len(ranking))].__getitem__)
-        if sampling == "random":
+        draws = [draw() for _ in range(len(ranking))]
+        if sampling == "log_random":
+            # Of exponential times with these rates the first ones are such a draw (Efraimidis and Spirakis 2006).
+            draws = [-math.log1p(-value) * math.log(2 + place) for place, value in enumerate(draws)]
+        shuffled = sorted(range(len(ranking)), key=draws.__getitem__)
+        if sampling in ("random", "log_random"):
             positions = shuffled[:sample_size]
+        elif sampling == "top_and_random":
+            num_top = min(-(-sample_size // 2), len(ranking))
+            others = [i for i in shuffled if i >= num_top]
+            positions = [*range(num_top), *others[: sample_size - num_top]]
         else:
             if not has_relevant(ranking):
                 raise ValueError(f"list {key!r} has no relevant document to draw")

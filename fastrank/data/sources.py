@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fastrank.data.files import DataError
+from fastrank.data.permutations import POLICIES
 from fastrank.data.sampling import SAMPLINGS, query_share
 
 TARGETS = ("relevance", "rank", "score")
@@ -28,6 +30,9 @@ class DataSource:
     Paths may hold ~ and $FASTRANK_DATA; files are plain or gzip.
 
     lists: JSON lines {query, documents, labels}, or rows of another tool's shape, as read_rows reads them.
+    permutations: with lists of RankGPT's shape, a JSON array of an LLM's answers, one a row.
+    permutation_policy: what becomes of an answer that is not well formed, as in parse_permutation: `repair`, `drop` the
+    list, or `tier`: documents that it left out share the last place.
     queries, documents: texts by id, as read_queries and read_documents read them.
     run: a TREC run with the candidates; several runs (teachers) give one list per run and query; `bm25` ranks all
     documents for every query.
@@ -37,9 +42,13 @@ class DataSource:
     teacher's ranks are renumbered among what is kept.
     targets: what the labels are: `relevance` = grades, 0 where nobody judged; `rank` = depth - rank + 1 from the run's
     rank column; `score` = the run's score column.
-    sampling: documents an epoch sees of a list: all, top, random or single_relevant; see draw_sample.
+    sampling: documents an epoch sees of a list: all, top, random, log_random, top_and_random or single_relevant; see
+    draw_sample.
     sample_size: how many; needed for all samplings but `all`.
     add_judged: relevant documents that are not among the candidates join the end of the list.
+    false_negative_margin: with targets `relevance`, candidates that nobody judged are left out where the run scores
+    them at most this much below its best relevant candidate, or above it: a teacher's run then tells which of them are
+    likely to be relevant. Default: none is.
     queries_part: [from, to), the share of the queries to use, by a hash of the query id: [0, 0.75] and [0.75, 1] share
     no query and leave none out.
     split_seed: varies that hash; apart from the training seed, so that another seed never trains on held-out queries.
@@ -47,6 +56,8 @@ class DataSource:
     """
 
     lists: _Path | None = None
+    permutations: _Path | None = None
+    permutation_policy: str = "repair"
     queries: _Path | None = None
     documents: _Path | None = None
     run: _Path | Sequence[_Path] | None = None
@@ -57,11 +68,12 @@ class DataSource:
     sampling: str = "all"
     sample_size: int | None = None
     add_judged: bool = False
+    false_negative_margin: float | None = None
     queries_part: Sequence[float] | None = None
     split_seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("lists", "queries", "documents", "qrels", "depth_run"):
+        for name in ("lists", "permutations", "queries", "documents", "qrels", "depth_run"):
             if not isinstance(getattr(self, name), str | os.PathLike | None):
                 raise DataError(f"{name} must be a path, not {getattr(self, name)!r}")
         if self.lists is not None:
@@ -80,6 +92,11 @@ class DataSource:
                 raise DataError(f"run must be a path, several paths or bm25, not {self.run!r}")
         _choice("targets", self.targets, TARGETS)
         _choice("sampling", self.sampling, SAMPLINGS)
+        _choice("permutation_policy", self.permutation_policy, POLICIES)
+        if self.permutations is None and self.permutation_policy != "repair":
+            raise DataError("permutation_policy needs permutations, the answers that it is about")
+        if self.permutations is not None and self.lists is None:
+            raise DataError("permutations go with lists, the rows that they order")
         _whole("depth", self.depth, 1)
         _whole("sample_size", self.sample_size, 2 if self.sampling == "single_relevant" else 1)
         _whole("split_seed", self.split_seed, None)
@@ -100,6 +117,12 @@ class DataSource:
     def _check_run_fields(self) -> None:
         if self.lists is not None:
             return
+        margin = self.false_negative_margin
+        if margin is not None:
+            if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
+                raise DataError(f"false_negative_margin must be a finite number, not {margin!r}")
+            if self.targets != "relevance":
+                raise DataError(f"false_negative_margin needs targets 'relevance', not {self.targets!r}")
         if self.depth_run is not None and self.depth is None:
             raise DataError("depth_run needs depth, the rank in that run down to which candidates are kept")
         if self.targets == "relevance" and self.qrels is None:
@@ -131,7 +154,8 @@ class DataSource:
         return self.queries_part[0] <= query_share(name, self.split_seed) < self.queries_part[1]
 
 
-_ONLY_FOR_RUNS = ("queries", "documents", "run", "qrels", "depth", "depth_run", "targets", "add_judged")
+_ONLY_FOR_RUNS = ("queries", "documents", "run", "qrels", "depth", "depth_run", "targets", "add_judged",
+                  "false_negative_margin")  # fmt: skip
 
 
 def _choice(name: str, value: object, known: Sequence[str]) -> None:

@@ -176,13 +176,19 @@ def _device(trainer: Trainer) -> str:
 
 
 def _print_plan(config: TrainConfig, feed: Feed, num_steps: int) -> None:
-    lists = feed.step(0)
+    trainer, lists = Trainer(config), feed.step(0)
     pairs = sum(len(one.documents) for one in lists)
-    tokens = sum(len(ids) for one in Trainer(config).tokenize(lists) for ids, _ in one)
+    tokens = sum(len(ids) for one in trainer.tokenize(lists) for ids, _ in one)
     print(f"{feed.num_lists} lists, {config.lists_per_step} a step, {num_steps} steps")
     print(
         f"first step: {pairs} pairs, {tokens} tokens; "
         f"the whole run about {pairs * num_steps} pairs, {tokens * num_steps} tokens"
+    )
+    timed, seconds = trainer.time_a_pass(lists)
+    hours = tokens * num_steps * seconds / timed / 3600
+    print(
+        f"here ({trainer.device}, {config.precision}) about {hours:.2g} hours, by one pass of {timed} tokens in "
+        f"{seconds:.2f} s, and {trainer.peak_memory() / 2**30:.1f} GiB of memory"
     )
 
 

@@ -9,6 +9,8 @@ is scored first and back-propagated in a second pass: gradient caching, Gao et a
 from __future__ import annotations
 
 import hashlib
+import resource
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -212,6 +214,27 @@ class Trainer:
                     "weights have diverged; lower the learning rate."
                 )
             position -= len(one.documents)
+
+    def time_a_pass(self, lists: Sequence[RankingList]) -> tuple[int, float]:
+        """Tokens and seconds of one forward and backward pass over the first pairs that max_batch_tokens allows."""
+        pairs = [pair for one in self.tokenize(lists) for pair in one]
+        first = next(iter(plan_chunks([len(ids) for ids, _ in pairs], self.config.max_batch_tokens)))
+        self.model.train()
+        for _ in range(2):  # the first one makes what is made once
+            started = time.perf_counter()
+            self._scores([[pairs[i] for i in first]], 0, 0).sum().backward()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - started
+        self.optimizer.zero_grad(set_to_none=True)
+        return sum(len(pairs[i][0]) for i in first), seconds
+
+    def peak_memory(self) -> int:
+        """Bytes that this process held at most (on a GPU: allocated there), AdamW's moments to come included."""
+        moments = sum(2 * one.nbytes for one in self.model.parameters() if one.requires_grad)
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated() + moments
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + moments
 
     def tokenize(self, lists: Sequence[RankingList]) -> list[list[Pair]]:
         """Each list's pairs as (token ids, token types)."""
