@@ -63,7 +63,7 @@ def comparison(full, tmp_path_factory) -> Comparison:
     return Comparison("Training on the CPU", "pairs", contenders, notes).measure(5 if full else 3)
 
 
-@pytest.mark.benchmark(group="train", timer=CLOCK)
+@pytest.mark.benchmark(group="train_engine", timer=CLOCK)
 @pytest.mark.parametrize("name", NAMES)
-def bench_train(name, comparison, benchmark):
+def bench_train_engine(name, comparison, benchmark):
     comparison.hand_over(name, benchmark)
