@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
+from fastrank.data import catalogue
 from fastrank.data.files import DataError, clean_text, decode, expand_path, name_of, read_lines, write_aside
 from fastrank.data.ranking_list import RankingList
 from fastrank.data.store import Store, open_store
@@ -28,12 +29,17 @@ _BEIR_QRELS_HEADER = [b"query-id", b"corpus-id", b"score"]
 def read_qrels(path: Path) -> dict[str, dict[str, int]]:
     """Read relevance judgments as {query id: {document id: grade}}.
 
-    path: TREC qrels of 4 columns, or BEIR's 3 columns under the header `query-id corpus-id score`.
+    path: TREC qrels of 4 columns, or BEIR's 3 columns under the header `query-id corpus-id score`; or
+    `ir_datasets:ID` (fastrank.data.catalogue).
     Raises DataError for a wrong number of columns, a grade that is no whole number, or a document that is judged twice
     for one query with different grades.
     """
     path = expand_path(path)
     qrels: dict[str, dict[str, int]] = {}
+    if catalogue.is_catalogued(path):
+        for query_id, document_id, grade in catalogue.read_judgments(path):
+            qrels.setdefault(query_id, {})[document_id] = grade
+        return qrels
     columns, shape = 4, _QRELS_LINE
     for line, raw in read_lines(path, _QRELS_LINE):
         fields = raw.split()
@@ -58,7 +64,7 @@ def read_queries(path: Path) -> dict[str, str]:
     """Read queries as {query id: text}.
 
     path: `id TAB text` lines, or JSON objects with an id (_id, qid, query_id, id) and a text (text, query); told by
-    the name's ending (.tsv, .txt, .jsonl, .json, before .gz), else by the first character.
+    the name's ending (.tsv, .txt, .jsonl, .json, before .gz), else by the first character; or `ir_datasets:ID`.
     Raises DataError for a line of another shape or an id that comes twice.
     """
     path = expand_path(path)
@@ -108,7 +114,7 @@ def _open_texts(path: Path, noun: str, id_keys: Sequence[str], text_keys: Sequen
     def records() -> Iterator[tuple[str, bytes]]:
         return ((name, text.encode()) for _, name, text in _read_texts(path, noun, id_keys, text_keys))
 
-    return open_store(path, noun, records)
+    return open_store(path, noun, records, is_fixed=catalogue.is_catalogued(path))
 
 
 def read_lists(path: Path) -> list[RankingList]:
@@ -221,6 +227,10 @@ def parse_json_object(raw: bytes, path: object, line: int) -> dict:
 def _read_texts(
     path: str, noun: str, id_keys: Sequence[str], text_keys: Sequence[str]
 ) -> Iterator[tuple[int, str, str]]:
+    if catalogue.is_catalogued(path):
+        for place, (name, text) in enumerate(catalogue.read_texts(path, noun), start=1):
+            yield place, clean_text(name), clean_text(text)
+        return
     tabs = has_tabs(path)
     expected = f"{noun} id TAB text" if tabs else f"JSON objects with {id_keys[0]!r} and {text_keys[0]!r}"
     for line, raw in read_lines(path, expected):

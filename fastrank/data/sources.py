@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fastrank.data.catalogue import named_by
 from fastrank.data.files import DataError
 from fastrank.data.permutations import POLICIES
 from fastrank.data.sampling import SAMPLINGS, query_share
@@ -33,7 +34,8 @@ class DataSource:
     permutations: with lists of RankGPT's shape, a JSON array of an LLM's answers, one a row.
     permutation_policy: what becomes of an answer that is not well formed, as in parse_permutation: `repair`, `drop` the
     list, or `tier`: documents that it left out share the last place.
-    queries, documents: texts by id, as read_queries and read_documents read them.
+    queries, documents: texts by id, as read_queries and read_documents read them, or `ir_datasets:ID`. Default: the id
+    that the runs' file names end in, by Rank-DistiLLM's convention.
     run: a TREC run with the candidates; several runs (teachers) give one list per run and query; `bm25` ranks all
     documents for every query.
     qrels: relevance judgments.
@@ -81,6 +83,7 @@ class DataSource:
                 if f.name in _ONLY_FOR_RUNS and getattr(self, f.name) != f.default:
                     raise DataError(f"{f.name} does not go with lists, whose rows hold documents and labels already")
         else:
+            self._take_names_from_runs()
             missing = [name for name in ("queries", "documents", "run") if not getattr(self, name)]
             if missing:
                 raise DataError(
@@ -131,6 +134,15 @@ class DataSource:
             raise DataError(f"add_judged needs targets 'relevance': an added document has no {self.targets}")
         if self.sampling == "single_relevant" and self.targets != "relevance":
             raise DataError(f"sampling 'single_relevant' needs targets 'relevance', not {self.targets!r}")
+
+    def _take_names_from_runs(self) -> None:
+        if not isinstance(self.run, str | os.PathLike | Sequence):
+            return
+        found = {named_by(run) if isinstance(run, str | os.PathLike) else None for run in self.runs}
+        if len(found) == 1 and None not in found:
+            for name in ("queries", "documents"):
+                if getattr(self, name) is None:
+                    object.__setattr__(self, name, *found)
 
     @property
     def runs(self) -> tuple[_Path, ...]:

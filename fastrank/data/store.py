@@ -120,21 +120,23 @@ class Store:
         return os.pread(self._descriptor, count, begin)
 
 
-def open_store(path: str, kind: str, records: Callable[[], Iterable[Record]]) -> Store:
+def open_store(path: str, kind: str, records: Callable[[], Iterable[Record]], *, is_fixed: bool = False) -> Store:
     """The store of a file's records, from the cache where it was made before.
 
     path: the file they are read from. kind: what is read from it: another kind is another store.
-    records: reads them; its errors pass through. Raises DataError where the cache cannot be written.
+    records: reads them; its errors pass through. is_fixed: the path is no file but a name whose records never change,
+    and may be many. Raises DataError where the cache cannot be written.
     """
     try:
         status = os.stat(path)
     except OSError:
         status = None  # `records` says what is wrong
-    if status is None or status.st_size <= MAX_BYTES_IN_MEMORY:
+    if not is_fixed and (status is None or status.st_size <= MAX_BYTES_IN_MEMORY):
         file = io.BytesIO()
         write_store(file, records())
         return Store(file)
-    key = f"{kind}\0{os.path.realpath(path)}\0{status.st_size}\0{status.st_mtime_ns}\0{VERSION}"
+    state = path if is_fixed else f"{os.path.realpath(path)}\0{status.st_size}\0{status.st_mtime_ns}"
+    key = f"{kind}\0{state}\0{VERSION}"
     name = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
     folder = cache_folder()
     target, aside = folder / f"{name}.store", folder / f".{name}.{os.getpid()}.part"
