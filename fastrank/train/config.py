@@ -21,6 +21,7 @@ from fastrank.command_line import MAX_THREADS
 
 __all__ = ["TrainConfig", "read_yaml", "recipe_names", "resolve_recipe"]
 
+SELECTIONS = ("gap", "difficulty", "energy")
 SCHEDULES = ("linear", "constant", "cosine")
 PRECISIONS = {"float32": "float32", "fp32": "float32", "bf16": "bf16", "bfloat16": "bf16"}
 # Keys that may change between a run and its resumption: none of them changes a weight.
@@ -64,6 +65,10 @@ class TrainConfig:
         freeze_layers: Embeddings and the first N layers keep their weights; -1 freezes nothing, 0 the embeddings alone.
         precision: float32, or bf16 for bf16 matrix products around float32 kernels and weights.
         device: cpu, cuda, or auto.
+        select_by: Train only on the lists from which the model that the run starts from can learn most: gap (it
+            orders them unlike the labels), difficulty (the query's text helps it little) or energy (they are unlike
+            what it has learned); see fastrank.train.selection. Default: all lists.
+        select_share: Share of the lists that select_by keeps.
         num_threads: CPU threads; default: torch's.
         seed: Decides head, order, sampling and dropout.
         eval_steps: Steps between evaluations; below 1 a share of all steps; 0: at the end only.
@@ -101,6 +106,8 @@ class TrainConfig:
     freeze_layers: int = -1
     precision: str = "float32"
     device: str = "auto"
+    select_by: str | None = None
+    select_share: float = 0.5
     num_threads: int | None = None
     seed: int = 42
     eval_steps: float = 0
@@ -150,6 +157,10 @@ class TrainConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: must not be negative.")
         if self.max_steps == 0 and not self.num_train_epochs > 0:
             raise ValueError(f"num_train_epochs={self.num_train_epochs}: must be above 0 where max_steps is not set.")
+        if self.select_by not in (None, *SELECTIONS):
+            raise ValueError(f"select_by={self.select_by!r}: choose one of {', '.join(SELECTIONS)}.")
+        if not 0 < self.select_share <= 1:
+            raise ValueError(f"select_share={self.select_share}: must lie above 0 and at most at 1.")
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout}: must lie in [0, 1).")
 

@@ -31,6 +31,7 @@ class Feed:
         self._lists_per_step = lists_per_step
         self._seed = seed
         self._epoch, self._order = -1, []
+        self._chosen: list[int] | None = None
         if self._data.unlabelled is not None:
             raise ValueError(f"List {self._data.unlabelled!r} of the training data has no labels to learn from.")
 
@@ -40,7 +41,16 @@ class Feed:
 
     @property
     def steps_per_epoch(self) -> int:
-        return math.ceil(self.num_lists / self._lists_per_step)
+        count = self.num_lists if self._chosen is None else len(self._chosen)
+        return math.ceil(count / self._lists_per_step)
+
+    def draw(self, index: int) -> RankingList:
+        """A list as the first epoch draws it."""
+        return self._data.draw(index, epoch=0)
+
+    def choose(self, indices: list[int]) -> None:
+        """From now on only these lists are shown."""
+        self._chosen, self._epoch = indices, -1
 
     @property
     def summary(self) -> str:
@@ -53,10 +63,9 @@ class Feed:
         if epoch != self._epoch:
             # random() is the one method whose sequence Python keeps for a seed across versions.
             draw = random.Random(f"{self._seed} order {epoch}").random
-            self._epoch, self._order = (
-                epoch,
-                sorted(range(self.num_lists), key=[draw() for _ in range(self.num_lists)].__getitem__),
-            )
+            lists = range(self.num_lists) if self._chosen is None else self._chosen
+            places = dict(zip(lists, [draw() for _ in lists], strict=True))
+            self._epoch, self._order = epoch, sorted(lists, key=places.__getitem__)
         start = place * self._lists_per_step
         return [self._data.draw(index, epoch=epoch) for index in self._order[start : start + self._lists_per_step]]
 

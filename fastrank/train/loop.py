@@ -22,6 +22,8 @@ from .config import TrainConfig, read_yaml, to_yaml
 from .feed import EvaluationSet, Feed
 from .processes import Processes
 from .report import LOG_FILE, NoReport, Report
+from .selection import FILE as SELECTION_FILE
+from .selection import num_selected, select_lists
 from .state import STATE_FILE, Progress, load_state, save_state
 from .trainer import Trainer
 
@@ -29,8 +31,8 @@ __all__ = ["learning_rate_factor", "train"]
 
 CONFIG_FILE = "training.yaml"
 # What a run leaves beside the checkpoint's own files, which a new checkpoint replaces.
-RUN_FILES = (CONFIG_FILE, LOG_FILE, STATE_FILE, STATE_FILE + ".writing", ".partial", "tensorboard", "curves.png",
-             "config.json", "model.safetensors")  # fmt: skip
+RUN_FILES = (CONFIG_FILE, LOG_FILE, SELECTION_FILE, STATE_FILE, STATE_FILE + ".writing", ".partial", "tensorboard",
+             "curves.png", "config.json", "model.safetensors")  # fmt: skip
 
 
 def train(config: TrainConfig, *, quiet: bool = False) -> Path:
@@ -50,16 +52,20 @@ def train(config: TrainConfig, *, quiet: bool = False) -> Path:
     """
     folder = Path(config.output_dir)
     feed = Feed(config.train_data, lists_per_step=config.lists_per_step, seed=config.seed)
-    num_steps = config.max_steps or max(1, math.ceil(feed.steps_per_epoch * config.num_train_epochs))
     processes = Processes()
     if config.dry_run:
+        if config.select_by is not None:  # which lists is not known yet, only how many
+            feed.choose(list(range(num_selected(config, feed))))
         if processes.is_first:
-            _print_plan(config, feed, num_steps)
+            _print_plan(config, feed, _num_steps(config, feed))
         return folder
     with _claimed(folder, config) if processes.is_first else contextlib.nullcontext():
         trainer = Trainer(config)
         evaluation = None if config.eval_data is None else EvaluationSet(config.eval_data, seed=config.seed)
         fingerprint = feed.fingerprint
+        if config.select_by is not None:
+            feed.choose(select_lists(trainer, feed, folder))
+        num_steps = _num_steps(config, feed)
         progress = load_state(folder, trainer.model, trainer.optimizer) if config.resume else None
         # A run that was killed before its first state begins anew, and so does its log.
         logged_until = -1 if progress is None else progress.step
@@ -71,7 +77,7 @@ def train(config: TrainConfig, *, quiet: bool = False) -> Path:
         if processes.is_first:
             if config.overwrite:  # only now that everything has been read, and nothing can be wrong with it any more
                 for entry in _left_in(folder):
-                    if entry.name in RUN_FILES:
+                    if entry.name in RUN_FILES and not (entry.name == SELECTION_FILE and config.select_by):
                         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
             with write_aside(folder / CONFIG_FILE) as file:
                 file.write(to_yaml(config))
@@ -151,6 +157,10 @@ def learning_rate_factor(config: TrainConfig, step: int, num_steps: int) -> floa
     if config.lr_scheduler_type == "cosine":
         return 0.5 * (1 + math.cos(math.pi * done))
     return 1.0
+
+
+def _num_steps(config: TrainConfig, feed: Feed) -> int:
+    return config.max_steps or max(1, math.ceil(feed.steps_per_epoch * config.num_train_epochs))
 
 
 def _interval(steps: float, num_steps: int) -> int:
