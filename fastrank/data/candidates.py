@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import os
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -175,14 +176,13 @@ class RunLists:
         for digest in (texts.queries.digest, texts.documents.digest, self._digest):
             update(digest)
         ranks_matter = source.targets == "rank" or source.depth is not None or source.sampling == "top"
-        for query_id in self._run:
+        for query_id, query in self._run.each() if isinstance(self._run, RankedRun) else self._run.items():
             place = int(texts.queries.find([query_id])[0])
             if place < 0:
-                line = self._run[query_id].lines[0]
-                raise DataError(f"query {query_id!r} has no text in {source.queries}", self._path, line)
+                message = f"query {query_id!r} has no text in {source.queries}"
+                raise DataError(message, self._path, query.lines[0])
             if not texts.is_used(query_id):
                 continue
-            query = self._run[query_id]
             if ranks_matter and len(query.ranks) > 1 and min(query.ranks) == max(query.ranks):
                 raise DataError(
                     f"all {len(query.ranks)} documents of query {query_id!r} have rank {query.ranks[0]}, so there is "
@@ -281,6 +281,8 @@ def _as_ranked(run: Mapping[str, Mapping[str, float]]) -> dict[str, RankedQuery]
 def _cut(query: RankedQuery, depth: int | None, first_stage: RankedQuery | None) -> RankedQuery:
     """The rows within the depth by rank, numbered from 1; renumbered where a first-stage run made the cut."""
     ranks = _from_one(query)
+    if first_stage is None and depth is None and all(map(operator.le, ranks, ranks[1:])) and min(ranks) > 0:
+        return query
     if first_stage is not None:
         first_ranks = zip(first_stage.document_ids, _from_one(first_stage), strict=True)
         inside = {document_id for document_id, rank in first_ranks if rank <= depth}

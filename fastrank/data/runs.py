@@ -61,8 +61,17 @@ class RankedRun(Mapping[str, RankedQuery]):
         return len(self._store) - len(self._repeated)
 
     def __iter__(self) -> Iterator[str]:
+        return (query_id for query_id, _ in self.each())
+
+    def each(self) -> Iterator[tuple[str, RankedQuery]]:
+        """All queries with their rows; items() would look every one of them up."""
         repeated = set(self._repeated)
-        return (self._store.record(place)[0] for place in range(len(self._store)) if place not in repeated)
+        in_pieces = {self._store.record(place)[0] for place in repeated}
+        for place in range(len(self._store)):
+            if place in repeated:
+                continue
+            query_id, raw = self._store.record(place)
+            yield query_id, self[query_id] if query_id in in_pieces else _joined(query_id, [_unpack(raw)], self.path)
 
     def __contains__(self, query_id: object) -> bool:
         return isinstance(query_id, str) and bool(self._store.find([query_id])[0] >= 0)
@@ -76,7 +85,7 @@ class RankedRun(Mapping[str, RankedQuery]):
 
 def read_ranked_run(path: Path) -> dict[str, RankedQuery]:
     """Read a run with both its rank and its score column into memory: {query id: RankedQuery}; see RankedRun."""
-    return dict(RankedRun(path))
+    return dict(RankedRun(path).each())
 
 
 def _blocks(path: str) -> Iterator[tuple[str, RankedQuery]]:

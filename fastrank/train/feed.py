@@ -30,7 +30,7 @@ class Feed:
         self._data: LoadedData = load_data(source, seed=seed)
         self._lists_per_step = lists_per_step
         self._seed = seed
-        self._epoch, self._order = -1, []
+        self._epoch, self._order = -1, np.zeros(0, np.int64)
         self._chosen: list[int] | None = None
         if self._data.unlabelled is not None:
             raise ValueError(f"List {self._data.unlabelled!r} of the training data has no labels to learn from.")
@@ -63,11 +63,12 @@ class Feed:
         if epoch != self._epoch:
             # random() is the one method whose sequence Python keeps for a seed across versions.
             draw = random.Random(f"{self._seed} order {epoch}").random
-            lists = range(self.num_lists) if self._chosen is None else self._chosen
-            places = dict(zip(lists, [draw() for _ in lists], strict=True))
-            self._epoch, self._order = epoch, sorted(lists, key=places.__getitem__)
+            lists = np.arange(self.num_lists) if self._chosen is None else np.array(self._chosen)
+            draws = np.fromiter((draw() for _ in lists), np.float64, len(lists))
+            self._epoch, self._order = epoch, lists[np.argsort(draws, kind="stable")]
         start = place * self._lists_per_step
-        return [self._data.draw(index, epoch=epoch) for index in self._order[start : start + self._lists_per_step]]
+        shown = self._order[start : start + self._lists_per_step].tolist()
+        return [self._data.draw(index, epoch=epoch) for index in shown]
 
     @property
     def fingerprint(self) -> str:
