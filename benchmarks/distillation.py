@@ -4,6 +4,7 @@ python benchmarks/distillation.py --model CHECKPOINT --output_dir OUT [--loss ad
 trains one model a fold on the LLM orders of the other folds' queries (FASTRANK_DATA/trec-dl) and ranks BM25's top 100
 of the fold's with it; --folds dl19 trains once, on dl19, and ranks dl20. --num_pairs 0 ranks with CHECKPOINT as it is.
 Writes OUT/<track>.run, which `fastrank compare` reads, and prints one JSON object: nDCG@10 with a bootstrap interval.
+--plot LINES.jsonl draws such objects over depth and over the share of queries, into OUT/ablations.png.
 """
 
 from __future__ import annotations
@@ -119,6 +120,27 @@ def train_fold(learn, folder: Path, data: Path, options: argparse.Namespace) -> 
     return config.output_dir
 
 
+def plot(lines: Path, path: Path) -> None:
+    """nDCG@10 with its interval over the teachers' depth and over the share of queries."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    found = [json.loads(line) for line in lines.read_text().splitlines() if line.startswith("{")]
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4), constrained_layout=True, sharey=True)
+    for axis, key, other, label in (
+        (axes[0], "depth", "query_share", "depth of the teachers' lists"),
+        (axes[1], "query_share", "depth", "share of the queries"),
+    ):
+        most = max(one[other] for one in found)
+        points = sorted((one[key], one["nDCG@10"], *one["interval_95"]) for one in found if one[other] == most)
+        x, y, low, high = map(np.array, zip(*points, strict=True))
+        axis.errorbar(x, y, (y - low, high - y), marker="o", capsize=3)
+        axis.set(xlabel=label, ylabel="nDCG@10")
+    figure.savefig(path, dpi=120)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="", help="checkpoint to start from; default: the demo's base weights")
@@ -131,7 +153,11 @@ def main() -> None:
     parser.add_argument("--query_share", type=float, default=1.0, help="of the queries to learn from")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--bi_encoder", action="store_true", help="rank with the base weights' cosines, train nothing")
+    parser.add_argument("--plot", type=Path, metavar="LINES", help="what was printed before; draw it and stop")
     options = parser.parse_args()
+    if options.plot is not None:
+        options.output_dir.mkdir(parents=True, exist_ok=True)
+        return plot(options.plot, options.output_dir / "ablations.png")
     folder = data_folder()
     if folder is None:
         parser.error("set FASTRANK_DATA to the folder that holds the data")
@@ -162,7 +188,7 @@ def main() -> None:
     print(
         json.dumps(
             {
-                **{name: value for name, value in vars(options).items() if name != "output_dir"},
+                **{name: value for name, value in vars(options).items() if name not in ("output_dir", "plot")},
                 "queries": len(values),
                 "nDCG@10": round(float(np.mean(values)), 4),
                 "interval_95": [round(float(edge), 4) for edge in interval],
