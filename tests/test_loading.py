@@ -98,6 +98,14 @@ def test_several_teachers_make_a_list_each(files, tmp_path):
     assert data.qrels["1#2"] == data.qrels["1"] and data.report.left_out["queries without candidates"] == 1
 
 
+def test_judgments_stay_with_their_lists(files):
+    row = {"query": "which", "documents": ["good", "bad"], "labels": [1, 0], "query_id": "4"}
+    data = load_data([row, files], seed=0)
+    assert data.keys == ["4", "1", "2"] and "4" not in data.qrels
+    assert data.qrels["4#2"] == {"a": 1}, "query 4 of the files, which has no candidate"
+    assert data.candidates != [5] * 3
+
+
 def test_relevant_documents_are_added(files):
     data = load_data({**files, "add_judged": True, "depth": 2}, seed=0)
     assert data.candidates[0] == RankingList("one", list("ABDE"), [0, 2, 1, 3], "1", list("abde"))

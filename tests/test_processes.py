@@ -10,6 +10,8 @@ import pytest
 from test_train import assert_equal_weights, checkpoint, make_config, make_lists, weights  # noqa: F401
 
 from fastrank.train import read_stages, train, train_stages
+from fastrank.train.processes import Processes
+from fastrank.train.state import save_state
 
 SCRIPT = """
 import sys, json
@@ -66,6 +68,68 @@ def test_two_processes_take_the_steps_of_one(checkpoint, tmp_path):  # noqa: F81
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     assert list(map(json.loads, lines)) == printed, "one process prints"
     assert "2 processes on cpu" in done.stderr
+
+
+AGREE = """
+import os
+from fastrank.train.processes import Processes
+processes = Processes("cpu")
+processes.agree({"steps": 3})
+try:
+    processes.agree({"steps": 3, "their data": processes.rank})
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_processes_that_differ(tmp_path):
+    (tmp_path / "script.py").write_text(AGREE)
+    done = _launch(str(tmp_path / "script.py"))
+    assert done.stdout.count("The processes differ in their data (0, 1): give all of them the same files") == 2
+
+
+@pytest.mark.parametrize(
+    ("variables", "sentence"),
+    [
+        ({"WORLD_SIZE": "abc"}, "must be whole numbers"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK is 2, but WORLD_SIZE is 2"),
+    ],
+)
+def test_variables_that_torchrun_does_not_set_so(monkeypatch, variables, sentence):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=sentence):
+        Processes()
+
+
+def test_a_rank_alone_means_nothing(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    alone = Processes()
+    assert alone.is_first and alone.share([1, 2, 3]) == [1, 2, 3]
+
+
+class _Stop(Exception):
+    pass
+
+
+def _save_and_stop(folder, model, optimizer, progress):
+    save_state(folder, model, optimizer, progress)
+    if progress.step == 2:
+        raise _Stop
+
+
+def test_two_processes_go_on_where_one_stopped(checkpoint, tmp_path, monkeypatch):  # noqa: F811
+    keys = {"dropout": 0.0, "adam_epsilon": 1e-4, "save_steps": 1}
+    one = train(make_config(checkpoint, tmp_path / "one", eval_data=make_lists(5, seed=1), **keys), quiet=True)
+    monkeypatch.setattr("fastrank.train.loop.save_state", _save_and_stop)
+    with pytest.raises(_Stop):
+        train(make_config(checkpoint, tmp_path / "two" / "a", eval_data=make_lists(5, seed=1), **keys), quiet=True)
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
+    done = _launch(str(script), str(checkpoint), str(tmp_path / "two"), json.dumps({"a": keys | {"resume": True}}))
+    assert done.returncode == 0 and "resumed after step 2" in done.stderr
+    assert [record["step"] for record in _records(tmp_path / "two" / "a")] == list(range(6))
+    assert_equal_weights(one, tmp_path / "two" / "a", tolerance=2e-5)
 
 
 def test_stages_and_resuming(checkpoint, tmp_path):  # noqa: F811

@@ -154,6 +154,16 @@ EXAMPLES = {
         ],
         [RankingList("q", ("a", "b"), (2.0, 0.0), "7", ("x", "y"))],
     ),
+    "triplet with other keys": (
+        "triplet",
+        [{"query": "q", "positive": "a", "negative": "b", "negative_id": "D17", "negative_score": 0.3}],
+        [RankingList("q", ("a", "b"), (1.0, 0.0))],
+    ),
+    "rankgpt with a key of its own": (
+        "rankgpt",
+        [{"query": "q", "answer": "42", "policy": "x", "retrieved_passages": [{"docid": "x", "text": "a"}]}],
+        [RankingList("q", ("a",), (0.0,), None, ("x",))],
+    ),
     "pairs with scores": ("pairs", [{"question": "q", "passage": "a", "score": 1}], [RankingList("q", ("a",), (1,))]),
 }
 

@@ -41,6 +41,15 @@ def test_triples_of_ids(tmp_path):
     assert run == {"7": {"1": 1.0, "2": 0.0, "3": 0.0}, "8": {"2": 1.0, "1": 0.0}}
 
 
+def test_runs_of_ms_marco(tmp_path):
+    run = read_ranked_run(_write(tmp_path / "run.tsv", "7\t10\t1\n7\t20\t2\n8\t5\t1\n"))
+    assert run["7"].document_ids == ["10", "20"] and list(run["7"].ranks) == [1, 2]
+    assert read_run(tmp_path / "run.tsv")["7"] == {"10": -1.0, "20": -2.0}
+    with pytest.raises(DataError, match=r":2: the rank must be a whole number from 1, found '1\.5'"):
+        read_run(_write(tmp_path / "odd.tsv", "7\t10\t1\n7\t20\t1.5\n"))
+    assert read_run(_write(tmp_path / "scores", '[7, ["\\ud800", 1.0]]\n')) == {"7": {"\ufffd": 1.0}}
+
+
 @pytest.mark.parametrize("names", [("qid", "docno"), ("query_id", "doc_id"), ("qid", "docid")])
 def test_parquet(tmp_path, names):
     pyarrow = pytest.importorskip("pyarrow")

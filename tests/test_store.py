@@ -5,6 +5,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -77,11 +79,53 @@ def test_a_large_file_is_read_once(tmp_path, on_disk):
 
     for _ in range(2):
         assert list(open_store(str(path), "text", records)) == [("a", b"x")]
-    assert len(calls) == 1 and len(os.listdir(on_disk)) == 1
+    assert len(calls) == 1 and len(_stores(on_disk)) == 1
     open_store(str(path), "another", records)
     assert len(calls) == 2
     path.write_text("yy")
     assert list(open_store(str(path), "text", records)) == [("a", b"yy")] and len(calls) == 3
+    assert len(_stores(on_disk)) == 2, "the older state is gone"
+    time.sleep(0.01)
+    path.write_text("zz")
+    assert list(open_store(str(path), "text", records)) == [("a", b"zz")], "of the same size"
+    path.write_text("xx")
+    os.utime(path, (0, 0))
+    open_store(str(path), "text", records)
+    path.write_text("yy")
+    os.utime(path, (0, 0))
+    assert list(open_store(str(path), "text", records)) == [("a", b"yy")], "of the same size and time of modification"
+
+
+def _stores(folder):
+    return [name for name in os.listdir(folder) if not name.endswith(".lock")]
+
+
+def test_several_builders_make_one_store(tmp_path, on_disk):
+    path, calls = tmp_path / "a", []
+    path.write_text("x")
+
+    def records():
+        calls.append(1)
+        for number in range(2000):
+            time.sleep(1e-4)
+            yield str(number), bytes(50)
+
+    def build(_):
+        return len(list(open_store(str(path), "text", records)))
+
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(build, range(3))) == [2000] * 3
+    assert len(calls) == 1 and len(_stores(on_disk)) == 1
+
+
+def test_what_a_kill_left_is_removed(tmp_path, on_disk):
+    path = tmp_path / "a"
+    path.write_text("x")
+    open_store(str(path), "text", lambda: [("a", b"x")])
+    (made,) = _stores(on_disk)
+    (on_disk / made).rename((on_disk / made).with_suffix(".part"))
+    open_store(str(path), "text", lambda: [("a", b"x")])
+    assert _stores(on_disk) == [made]
 
 
 def test_an_error_leaves_nothing_behind(tmp_path, on_disk):
@@ -89,16 +133,24 @@ def test_an_error_leaves_nothing_behind(tmp_path, on_disk):
     for _ in range(2):
         with pytest.raises(DataError, match="run:2: expected 6 columns"):
             read_ranked_run(tmp_path / "run")
-    assert os.listdir(on_disk) == []
+    assert _stores(on_disk) == []
+    (tmp_path / "run").write_text("1 0 a 1 9 t\n")
+
+    def records():
+        raise ValueError("of the reader")
+        yield
+
+    with pytest.raises(ValueError, match="of the reader"):
+        open_store(str(tmp_path / "run"), "text", records)
 
 
 def test_a_cache_that_cannot_be_used(tmp_path, on_disk, monkeypatch):
     (tmp_path / "run").write_text("1 0 a 1 9 t\n")
     read_ranked_run(tmp_path / "run")
-    (file,) = on_disk.iterdir()
-    file.write_bytes(file.read_bytes()[:-3])
-    with pytest.raises(DataError, match=r"cache of .*run cannot be used .*FASTRANK_CACHE"):
-        read_ranked_run(tmp_path / "run")
+    (name,) = _stores(on_disk)
+    for damaged in ((on_disk / name).read_bytes()[:-3], b"", b"x" * 56):
+        (on_disk / name).write_bytes(damaged)
+        assert read_run(tmp_path / "run") == {"1": {"a": 9.0}}, "a damaged store is made again"
     monkeypatch.setenv("FASTRANK_CACHE", str(tmp_path / "run"))
     with pytest.raises(DataError, match="FASTRANK_CACHE name a folder"):
         read_ranked_run(tmp_path / "run")

@@ -67,7 +67,7 @@ class Candidates(Sequence[RankingList]):
         return self._parts[self._places[2 * index]].read(self._places[2 * index + 1])
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and len(self) == len(other) and all(map(RankingList.__eq__, self, other))
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(operator.eq, self, other))
 
     __hash__ = None
 
@@ -217,7 +217,8 @@ class RunLists:
         ids, labels = self._labelled(query_id, candidates)
         places = texts.documents.find(ids).tolist()
         if min(places) < 0:  # two names of one hash, the one missing
-            self._refuse(candidates, places.index(-1))
+            message = f"document {ids[places.index(-1)]!r} has no text in {self._source.documents}"
+            raise DataError(message, self._path)
         return RankingList(
             query=texts.query(query_id),
             documents=tuple(texts.documents.record(place)[1].decode() for place in places),
@@ -281,7 +282,7 @@ def _as_ranked(run: Mapping[str, Mapping[str, float]]) -> dict[str, RankedQuery]
 def _cut(query: RankedQuery, depth: int | None, first_stage: RankedQuery | None) -> RankedQuery:
     """The rows within the depth by rank, numbered from 1; renumbered where a first-stage run made the cut."""
     ranks = _from_one(query)
-    if first_stage is None and depth is None and all(map(operator.le, ranks, ranks[1:])) and min(ranks) > 0:
+    if first_stage is None and depth is None and all(map(operator.le, ranks, ranks[1:])) and min(query.ranks) > 0:
         return query
     if first_stage is not None:
         first_ranks = zip(first_stage.document_ids, _from_one(first_stage), strict=True)

@@ -105,7 +105,7 @@ def load_data(source: Any, *, seed: int) -> LoadedData:
     unranked: dict[str, Mapping[str, int]] = {}
     unlabelled: int | None = None
     for part in _parts(source):
-        sampling, size = ("all", None) if isinstance(part, RankingList) else (part.sampling, part.sample_size)
+        drawn = sampling, size = ("all", None) if isinstance(part, RankingList) else (part.sampling, part.sample_size)
         for lists in _open(part, report, unranked):
             for number, found in lists.scan(digest.update):
                 if not found.num_documents:
@@ -119,7 +119,7 @@ def load_data(source: Any, *, seed: int) -> LoadedData:
                 candidates.append(lists, number)
                 query_ids.append(found.query_id)
                 judgments.append(found.grades)
-                samplings.append((sampling, size))
+                samplings.append(drawn)
                 report.num_documents += found.num_documents
                 report.notes["lists shorter than sample_size"] += size is not None and found.num_documents < size
     report.num_lists = len(candidates)
@@ -127,8 +127,9 @@ def load_data(source: Any, *, seed: int) -> LoadedData:
         raise DataError(f"no list is left to use: {report}")
     keys = keys_of(query_ids)
     qrels = {key: judged for key, judged in zip(keys, judgments, strict=True) if judged is not None}
-    for query_id, judged in unranked.items():
-        qrels.setdefault(query_id, judged)
+    missing = [query_id for query_id in unranked if query_id not in qrels]
+    for key, query_id in zip(keys_of([*keys, *missing])[len(keys) :], missing, strict=True):
+        qrels[key] = unranked[query_id]
     return LoadedData(
         candidates,
         keys,

@@ -2,7 +2,7 @@
 
 The one idea: every shape of a row becomes the mapping {query, documents, labels} that fastrank's own lists have, which
 one function checks. A shape is told by its keys. Rows of single pairs are gathered by query, so they must stand
-together. Files are read row by row: JSON lines, a JSON array, tab separated columns or parquet.
+together. Files are read row by row: JSON lines, tab separated columns or parquet; a JSON array is read whole.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -24,6 +25,8 @@ TEXT_KEYS = ("text", "segment", "contents", "content", "body", "passage")  # of 
 QUERY_ID_KEYS = ("query_id", "qid")
 QUERY_KEYS = ("query", "anchor", "question")
 PAIR_TEXT_KEYS = ("passage", "document", "answer", "text", "positive")
+_NEGATIVE = re.compile("negative(_[0-9]+)?")
+_ANSWER = "fastrank: answer"  # what _with_answers adds to a row
 TRIPLE_COLUMNS = ("query", "positive", "negative")
 TOP1000_COLUMNS = ("query_id", "doc_id", "query", "text")
 
@@ -166,11 +169,12 @@ def _hits(row: Row) -> dict:
 
 def _rankgpt(row: Row) -> dict:
     retrieved = sorted(row["retrieved_passages"], key=lambda one: one.get("rank", 0))
-    if "answer" in row:
+    if _ANSWER in row:
         # Here, so that reading other shapes does not need the parser.
         from fastrank.data.permutations import parse_permutation
 
-        labels = parse_permutation(row["answer"], len(retrieved), policy=row["policy"]).labels()
+        answer, policy = row[_ANSWER]
+        labels = parse_permutation(answer, len(retrieved), policy=policy).labels()
         if labels is None:
             retrieved, labels = [], []
     else:
@@ -208,13 +212,14 @@ def _columns(row: Row) -> dict:
 def _evaluator(row: Row) -> dict:
     positive = _array(row, "positive")
     others = _array(row, "negative") + _array(row, "documents")
-    documents = [*positive, *(text for text in others if text not in set(positive))]
+    known = set(positive)
+    documents = [*positive, *(text for text in others if text not in known)]  # all of them may be listed again
     labels = [float(place < len(positive)) for place in range(len(documents))]
     return {"query": row["query"], "query_id": _query_id(row), "documents": documents, "labels": labels}
 
 
 def _triplet(row: Row) -> dict:
-    negatives = [row[key] for key in row if key == "negative" or key.startswith("negative_")]
+    negatives = [row[key] for key in row if _NEGATIVE.fullmatch(key)]
     documents = [row["positive"]]
     for one in negatives:
         documents += one if isinstance(one, (list, tuple)) else [one]
@@ -279,7 +284,7 @@ def _gather_named_pairs(pairs: Sequence[dict]) -> dict:
 
 
 def _is_triplet(row: Row) -> bool:
-    has_negative = any(key == "negative" or key.startswith("negative_") for key in row)
+    has_negative = any(map(_NEGATIVE.fullmatch, row))
     return _first(row, QUERY_KEYS) is not None and isinstance(row.get("positive"), str) and has_negative
 
 
@@ -379,7 +384,7 @@ def _with_answers(rows: Iterator[tuple[int, Row]], path: str, policy: str, name:
     for row, answer in itertools.zip_longest(rows, answers, fillvalue=missing):
         if row is missing or answer is missing:
             raise DataError(f"{name} and {path} have not the same number of rows and answers", name)
-        yield row[0], {**row[1], "answer": answer, "policy": policy}
+        yield row[0], {**row[1], _ANSWER: (answer, policy)}
 
 
 def _gathered(pairs: Iterator[tuple[int, dict]], shape: Shape, name: str) -> Iterator[tuple[int, dict]]:

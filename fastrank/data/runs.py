@@ -36,7 +36,8 @@ class RankedQuery:
 class RankedRun(Mapping[str, RankedQuery]):
     """A run with both its rank and its score column, by query id in the file's order, rows of a query likewise.
 
-    Queries are read when they are asked for and not kept, so that a run of any size takes little memory. Reading one
+    Queries are read when they are asked for and not kept, so that a run of any size takes little memory, as long as
+    the rows of a query stand together (of one whose rows do not, each piece costs some hundred bytes). Reading one
     raises DataError for a document that comes twice (but in pairs and triples with the score that it had), and for a
     rank on some of its rows only.
 
@@ -175,9 +176,8 @@ def _read_scored(path: str) -> Iterator[scored_ids.Scored]:
             yield from scored_ids.from_colbert(raw, path, line)
         elif kind == "hard negatives":
             yield from scored_ids.from_hard_negatives(raw, path, line)
-        elif kind in ("hofstaetter", "triples"):
-            read = scored_ids.from_triple if kind == "triples" else scored_ids.from_hofstaetter
-            yield from read(fields, path, line)
+        elif kind in _READERS:
+            yield from _READERS[kind](fields, path, line)
         else:
             yield (
                 line,
@@ -191,13 +191,21 @@ def _read_scored(path: str) -> Iterator[scored_ids.Scored]:
 def _kind_of_run(raw: bytes, fields: Sequence[bytes]) -> str:
     if raw.lstrip().startswith((b"[", b"{")):
         return "colbert" if raw.lstrip().startswith(b"[") else "hard negatives"
-    return "triples" if len(fields) == 3 else "hofstaetter" if scored_ids.is_hofstaetter(fields) else "trec"
+    if len(fields) == 3:  # a run begins with rank 1, a triple with document 1 once in millions
+        return "ranked ids" if fields[2] == b"1" else "triples"
+    return "hofstaetter" if scored_ids.is_hofstaetter(fields) else "trec"
 
 
 _RUN_COLUMNS = {
     "trec": (6, RUN_LINE),
     "hofstaetter": (5, "score score query-id document-id document-id"),
     "triples": (3, "query-id document-id document-id"),
+    "ranked ids": (3, "query-id document-id rank"),
+}
+_READERS = {
+    "hofstaetter": scored_ids.from_hofstaetter,
+    "triples": scored_ids.from_triple,
+    "ranked ids": scored_ids.from_ranked_ids,
 }
 
 

@@ -3,8 +3,8 @@
 Rank-DistiLLM's parquet has columns qid, docno, score and rank (or those names' usual variants); ColBERTv2's scores for
 distillation are JSON lines [qid, [pid, score], ...], sentence-transformers' hard negatives JSON lines {qid, pos: [{pid,
 ce-score}], neg: {system: [...]}}; Hofstaetter et al.'s scores are lines `score score qid pid pid`, MS MARCO's triples
-`qid pid pid` (scores 1 and 0), a relevant document before another. Where there is no rank, the score decides, earlier
-rows first in a tie.
+`qid pid pid` (scores 1 and 0), a relevant document before another, and its runs `qid pid rank`, which begin with rank
+1. Where there is no rank, the score decides, earlier rows first in a tie.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import math
 from collections.abc import Iterator
 
-from fastrank.data.files import DataError, decode
+from fastrank.data.files import DataError, clean_text, decode
 
 PARQUET = (".parquet", ".pq")
 PARQUET_NAMES = {
@@ -109,6 +109,14 @@ def from_triple(fields: list[bytes], path: str, line: int) -> Iterator[Scored]:
         yield line, query_id, decode(document_id, path, line), score, PAIRED
 
 
+def from_ranked_ids(fields: list[bytes], path: str, line: int) -> Iterator[Scored]:
+    """The document of one line `qid pid rank`, MS MARCO's form of a run."""
+    rank = score_of(fields[2], path, line)
+    if rank < 1 or rank % 1:
+        raise DataError(f"the rank must be a whole number from 1, found {decode(fields[2], path, line)!r}", path, line)
+    yield line, decode(fields[0], path, line), decode(fields[1], path, line), -rank, int(rank)
+
+
 def is_hofstaetter(fields: list[bytes]) -> bool:
     """Whether a line's columns are five and begin with two scores; `7 0 ...` is a TREC run that lacks a column."""
     try:
@@ -127,7 +135,7 @@ def from_hofstaetter(fields: list[bytes], path: str, line: int) -> Iterator[Scor
 def _id(value: object, path: str, line: int) -> str:
     if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
         raise DataError(f"an id must be a string or a whole number, found {value!r}", path, line)
-    return str(value)
+    return clean_text(str(value))
 
 
 def score_of(value: object, path: str, line: int) -> float:

@@ -3,11 +3,12 @@
 A record is a name and its bytes; records lie one after the other in the order they came in, then the index: where each
 begins, and the 64-bit hashes of the names in rising order. A name is found by bisection and checked in its record, and
 may have several records. What is made from a small file stays in memory; what is made from a large one is kept in the
-cache folder (FASTRANK_CACHE, else ~/.cache/fastrank) for as long as that file has the same size and time.
+cache folder (FASTRANK_CACHE, else ~/.cache/fastrank) until that file is read with another size or time.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
 import os
@@ -39,6 +40,8 @@ class Store:
     def __init__(self, file: BinaryIO):
         self._file = file  # keeps the descriptor open
         size = file.seek(0, os.SEEK_END)
+        if size < _FOOTER.size:
+            raise ValueError("not a store")
         in_memory = isinstance(file, io.BytesIO)
         self._view = file.getbuffer() if in_memory else None
         self._descriptor = None if in_memory else file.fileno()
@@ -46,6 +49,8 @@ class Store:
         if magic != _MAGIC or version != VERSION:
             raise ValueError("not a store of this version")
         begins = size - _FOOTER.size - 8 * (3 * count + 1)
+        if begins < 0:
+            raise ValueError("not a whole store")
         # Not records: those are read, not mapped, since a mapped page counts as this process's memory.
         words = (
             np.frombuffer(self._view, np.int64, 3 * count + 1, begins)
@@ -117,7 +122,13 @@ class Store:
     def _read(self, begin: int, count: int) -> bytes:
         if self._view is not None:
             return bytes(self._view[begin : begin + count])
-        return os.pread(self._descriptor, count, begin)
+        raw = os.pread(self._descriptor, count, begin)
+        while len(raw) < count:  # a large read may come in parts
+            more = os.pread(self._descriptor, count - len(raw), begin + len(raw))
+            if not more:
+                raise OSError("the store was cut while it was read")
+            raw += more
+        return raw
 
 
 def open_store(path: str, kind: str, records: Callable[[], Iterable[Record]], *, is_fixed: bool = False) -> Store:
@@ -135,38 +146,66 @@ def open_store(path: str, kind: str, records: Callable[[], Iterable[Record]], *,
         file = io.BytesIO()
         write_store(file, records())
         return Store(file)
-    state = path if is_fixed else f"{os.path.realpath(path)}\0{status.st_size}\0{status.st_mtime_ns}"
-    key = f"{kind}\0{state}\0{VERSION}"
-    name = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+    # The time of change, too: a copied file may bring the time of its last modification along.
+    state = "" if is_fixed else f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
+    source, state = (_short(text) for text in (f"{kind}\0{path if is_fixed else os.path.realpath(path)}", state))
     folder = cache_folder()
-    target, aside = folder / f"{name}.store", folder / f".{name}.{os.getpid()}.part"
+    target = folder / f"{source}-{state}-{VERSION}.store"
     try:
-        if not target.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / f"{source}.lock", "w") as lock:  # who comes second finds the store made
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            store = _opened(target)
+            if store is None:
+                for old in folder.glob(f"{source}-*"):  # of an earlier state of the file, or left by a kill
+                    old.unlink(missing_ok=True)
+                aside = target.with_suffix(".part")
                 with open(aside, "wb") as file:
-                    write_store(file, records())
+                    write_store(file, _read_by(records))
                     file.flush()
                     os.fsync(file.fileno())
                 os.replace(aside, target)
-            finally:
-                aside.unlink(missing_ok=True)
-        return Store(open(target, "rb"))  # the store closes it
-    except DataError:
-        raise
-    except (OSError, ValueError, struct.error) as error:
+                store = Store(open(target, "rb"))  # the store closes it
+            return store
+    except _ReaderError as error:
+        target.with_suffix(".part").unlink(missing_ok=True)
+        raise error.__cause__ from None
+    except OSError as error:
         message = f"the cache of {path} cannot be used ({error}); let FASTRANK_CACHE name a folder with enough space"
         raise DataError(message, target) from error
+
+
+class _ReaderError(Exception):
+    """Its cause came from the file that is read, not from the cache."""
+
+
+def _read_by(records: Callable[[], Iterable[Record]]) -> Iterator[Record]:
+    try:
+        yield from records()
+    except Exception as error:
+        raise _ReaderError from error
+
+
+def _opened(target: Path) -> Store | None:
+    """The store of an earlier run; None where there is none, or a damaged one."""
+    try:
+        return Store(open(target, "rb"))
+    except (FileNotFoundError, ValueError, struct.error):
+        return None
+
+
+def _short(text: str) -> str:
+    return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=12).hexdigest()
 
 
 def cache_folder() -> Path:
     named = os.environ.get("FASTRANK_CACHE")
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(named or os.path.join(base, "fastrank"))
+    return Path(os.path.expanduser(named or os.path.join(base, "fastrank")))
 
 
 def write_store(file: BinaryIO, records: Iterable[Record]) -> None:
-    """Writes records to an empty binary file; the index takes 24 bytes of memory for each."""
+    """Writes records to an empty binary file; the index takes 40 bytes of memory for each."""
     digest = hashlib.blake2b(digest_size=32)
     offsets, hashes = array("q", [0]), array("q")
     for name, payload in records:

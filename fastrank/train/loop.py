@@ -52,7 +52,7 @@ def train(config: TrainConfig, *, quiet: bool = False) -> Path:
     """
     folder = Path(config.output_dir)
     feed = Feed(config.train_data, lists_per_step=config.lists_per_step, seed=config.seed)
-    processes = Processes()
+    processes = Processes(config.device)
     if config.dry_run:
         if config.select_by is not None:  # which lists is not known yet, only how many
             feed.choose(list(range(num_selected(config, feed))))
@@ -74,6 +74,7 @@ def train(config: TrainConfig, *, quiet: bool = False) -> Path:
             raise ValueError(
                 f"The training data differ from those that {folder} was trained on: start anew with --overwrite."
             )
+        processes.agree({"their data": fingerprint, "the step they begin with": progress.step, "steps": num_steps})
         if processes.is_first:
             if config.overwrite:  # only now that everything has been read, and nothing can be wrong with it any more
                 for entry in _left_in(folder):
@@ -137,8 +138,8 @@ def _run(
     if trainer.num_lists_without_terms:
         count = trainer.num_lists_without_terms
         report.line(f"lists that gave the loss no term (no positive, or all labels equal): {count}")
-    if trainer.tokenizer.num_truncated:
-        count = trainer.tokenizer.num_truncated
+    count = int(trainer.processes.sum(torch.tensor(trainer.tokenizer.num_truncated, device=trainer.device)))
+    if count:
         report.line(f"pairs cut to {trainer.tokenizer.limits}, counted each time they were seen: {count}")
     if progress.best_step is not None:
         report.line(f"best nDCG@10 {progress.best_measure:.4f} at step {progress.best_step}")

@@ -20,15 +20,24 @@ __all__ = ["Processes"]
 class Processes:
     """The processes of one run; without torchrun there is only this one, and nothing is exchanged.
 
+    Args:
+        device: What the run trains on: cpu, cuda, or auto.
+
     Raises:
-        ValueError: WORLD_SIZE says that there are several and the rest of torchrun's variables is missing or wrong.
+        ValueError: WORLD_SIZE and RANK, which torchrun sets, are no numbers that go together.
     """
 
-    def __init__(self) -> None:
-        self.count = int(os.environ.get("WORLD_SIZE", "1"))
-        self.rank = int(os.environ.get("RANK", "0"))
+    def __init__(self, device: str = "auto") -> None:
+        given = {name: os.environ.get(name, default) for name, default in (("WORLD_SIZE", "1"), ("RANK", "0"))}
+        if not all(value.isdecimal() for value in given.values()):
+            raise ValueError(f"{given} must be whole numbers, as torchrun sets them.")
+        self.count, self.rank = int(given["WORLD_SIZE"]), int(given["RANK"])
+        if self.count <= 1:
+            self.count, self.rank = 1, 0
+        if self.rank >= self.count:
+            raise ValueError(f"RANK is {self.rank}, but WORLD_SIZE is {self.count}: ranks count from 0.")
         if self.count > 1 and not distributed.is_initialized():
-            has_gpu = torch.cuda.is_available()
+            has_gpu = device != "cpu" and torch.cuda.is_available()
             if has_gpu:
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
             distributed.init_process_group("nccl" if has_gpu else "gloo")
@@ -73,6 +82,19 @@ class Processes:
         for rank, part in enumerate(parts):
             found[rank :: self.count] = part
         return found
+
+    def agree(self, what: dict[str, Any]) -> None:
+        """Raises ValueError where the processes differ in one of these things: they would train apart, or wait for
+        ever."""
+        if self.count == 1:
+            return
+        parts: list[dict[str, Any]] = [{} for _ in range(self.count)]
+        distributed.all_gather_object(parts, what)
+        different = [name for name in what if any(part[name] != what[name] for part in parts)]
+        if different:
+            name = different[0]
+            values = ", ".join(str(part[name]) for part in parts)
+            raise ValueError(f"The processes differ in {name} ({values}): give all of them the same files and folders.")
 
     def wait(self) -> None:
         """Until every process is here."""

@@ -42,7 +42,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig):
         self.config = config
-        self.processes = Processes()
+        self.processes = Processes(config.device)
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
         self.device = find_device(None if config.device == "auto" else config.device)
