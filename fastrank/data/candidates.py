@@ -201,11 +201,11 @@ class RunLists:
                 self._refuse(candidates, int(np.argmin(found)))
             texts.has_list[place] = True
             ids, labels = self._labelled(query_id, candidates)
-            self._note("relevant documents added", len(ids) - len(candidates.document_ids))
+            num_added = len(ids) - len(candidates.document_ids)
+            self._note("relevant documents added", num_added)
             if source.add_judged:
-                relevant = self._missing_relevant(query_id, candidates.document_ids)
-                lost = len(relevant) - (len(ids) - len(candidates.document_ids))
-                self._left_out("relevant documents without a text", lost)
+                num_missing = len(self._missing_relevant(query_id, candidates.document_ids))
+                self._left_out("relevant documents without a text", num_missing - num_added)
             update(repr((query_id, ids, labels)).encode("utf-8", "surrogatepass"))
             self._query_ids.append(query_id)
             grades = None if texts.qrels is None else texts.qrels.get(query_id)

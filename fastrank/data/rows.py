@@ -127,10 +127,9 @@ def _text(value: object, key: str) -> str:
     return value
 
 
-def _with_ids(texts: list, row: Row, keys: Sequence[str]) -> list:
-    """Documents with the ids of the row's array, where it has one."""
-    key = _first(row, keys)
-    if key is None:
+def _with_ids(texts: list, row: Row, key: str) -> list:
+    """Documents with the ids of the row's array of this key, where it has one."""
+    if row.get(key) is None:
         return texts
     ids = _array(row, key)
     if len(ids) != len(texts):
@@ -198,14 +197,14 @@ def _flag_embedding(row: Row) -> dict:
         texts, scores = _array(row, side), _array(row, f"{side}_scores") if has_scores else None
         if scores is not None and len(scores) != len(texts):
             raise ValueError(f"{len(scores)} {side}_scores for {len(texts)} {side}")
-        documents += _with_ids(texts, row, (f"{side}_id",))
+        documents += _with_ids(texts, row, f"{side}_id")
         labels += [label] * len(texts) if scores is None else scores
     return {"query": row["query"], "query_id": _query_id(row), "documents": documents, "labels": labels}
 
 
 def _columns(row: Row) -> dict:
     labels = row["labels"] if row.get("labels") is not None else row.get("scores")
-    documents = _with_ids(_array(row, "docs"), row, ("doc_ids",))
+    documents = _with_ids(_array(row, "docs"), row, "doc_ids")
     return {"query": row["query"], "query_id": _query_id(row), "documents": documents, "labels": labels}
 
 

@@ -160,15 +160,17 @@ def open_store(path: str, kind: str, records: Callable[[], Iterable[Record]], *,
                 for old in folder.glob(f"{source}-*"):  # of an earlier state of the file, or left by a kill
                     old.unlink(missing_ok=True)
                 aside = target.with_suffix(".part")
-                with open(aside, "wb") as file:
-                    write_store(file, _read_by(records))
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(aside, target)
+                try:
+                    with open(aside, "wb") as file:
+                        write_store(file, _read_by(records))
+                        file.flush()
+                        os.fsync(file.fileno())
+                    os.replace(aside, target)
+                finally:
+                    aside.unlink(missing_ok=True)  # under the lock: afterwards it may be another builder's
                 store = Store(open(target, "rb"))  # the store closes it
             return store
     except _ReaderError as error:
-        target.with_suffix(".part").unlink(missing_ok=True)
         raise error.__cause__ from None
     except OSError as error:
         message = f"the cache of {path} cannot be used ({error}); let FASTRANK_CACHE name a folder with enough space"
