@@ -93,34 +93,26 @@ def test_other_weights_beside_them_win(folder):
     assert (scores == Reranker(folder, dtype="int8").predict(PAIRS)).all()
 
 
-def test_weights_in_several_files(folder):
+@pytest.mark.parametrize(
+    ("stem", "ending", "save"),
+    [
+        ("model", "safetensors", lambda tensors, path: save_file(tensors, path, {"format": "pt"})),
+        ("pytorch_model", "bin", torch.save),
+    ],
+    ids=["safetensors", "torch"],
+)
+def test_weights_in_several_files(folder, stem, ending, save):
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     names = sorted(weights)
-    parts = {"model-1.safetensors": names[:9], "model-2.safetensors": names[9:]}
+    parts = {f"{stem}-1.{ending}": names[:9], f"{stem}-2.{ending}": names[9:]}
     for file, of_file in parts.items():
-        save_file({name: weights[name] for name in of_file}, folder / file, {"format": "pt"})
+        save({name: weights[name] for name in of_file}, folder / file)
     index = {"weight_map": {name: file for file, of_file in parts.items() for name in of_file}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / f"{stem}.{ending}.index.json").write_text(json.dumps(index))
     save_int8(folder)
     assert load_int8(folder) is not None
-    save_file({name: weights[name] + 1 for name in names[9:]}, folder / "model-2.safetensors", {"format": "pt"})
-    with pytest.warns(UserWarning, match="made from other weights"):
-        assert load_int8(folder) is None
-
-
-def test_weights_in_several_files_of_torch(folder):
-    weights = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    names = sorted(weights)
-    parts = {"pytorch_model-1.bin": names[:9], "pytorch_model-2.bin": names[9:]}
-    for file, of_file in parts.items():
-        torch.save({name: weights[name] for name in of_file}, folder / file)
-    index = {"weight_map": {name: file for file, of_file in parts.items() for name in of_file}}
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    save_int8(folder)
-    assert load_int8(folder) is not None
-    torch.save({name: weights[name] + 1 for name in names[9:]}, folder / "pytorch_model-2.bin")
+    save({name: weights[name] + 1 for name in names[9:]}, folder / f"{stem}-2.{ending}")
     with pytest.warns(UserWarning, match="made from other weights"):
         assert load_int8(folder) is None
 
