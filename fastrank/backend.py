@@ -20,10 +20,29 @@ from torch import Tensor
 
 from fastrank import kernels
 
-BACKENDS = ("cpu", "gpu", "reference")  # in the order in which `auto` asks
+BACKENDS = ("cpu", "gpu", "varlen", "flash_attn", "reference")  # in the order in which `auto` asks
 OPS = tuple(sorted(module.name for module in pkgutil.iter_modules(kernels.__path__) if module.ispkg))
-DEVICE_TYPES = {"cpu": "cpu", "gpu": "cuda"}
-DTYPES = {"cpu": (torch.float32,), "gpu": (torch.float32, torch.bfloat16, torch.float16)}
+DEVICE_TYPES = {"cpu": "cpu", "gpu": "cuda", "varlen": "cuda", "flash_attn": "cuda"}
+DTYPES = {
+    "cpu": (torch.float32,),
+    "gpu": (torch.float32, torch.bfloat16, torch.float16),
+    "varlen": (torch.bfloat16, torch.float16),
+    "flash_attn": (torch.bfloat16, torch.float16),
+}
+KINDS = {"cpu": "C++", "gpu": "GPU", "varlen": "torch.nn.attention.varlen", "flash_attn": "flash-attn"}
+# What a backend must be able to import, and what to say where it cannot.
+NEEDS = {
+    "cpu": (
+        "fastrank._cpu",
+        "The C++ extension fastrank._cpu is not built: install a C++ compiler and run `pip install -e .` in the "
+        "checkout.",
+    ),
+    "gpu": ("triton", "Triton is not installed: pip install 'fastrank[gpu]'."),
+    "varlen": ("torch.nn.attention.varlen", "This torch has no torch.nn.attention.varlen."),
+    "flash_attn": ("flash_attn", "flash-attn is not installed."),
+}
+OPTIONAL = ("varlen", "flash_attn")  # other people's kernels, for some operations
+UNTESTED = OPTIONAL  # nobody has run these here so far
 PROBED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _warned: set[str] = set()
 
@@ -37,6 +56,10 @@ def _kernel(op: str, backend: str) -> ModuleType:
     return importlib.import_module(f"fastrank.kernels.{op}.{backend}")
 
 
+def _has_file(op: str, backend: str) -> bool:
+    return importlib.util.find_spec(f"fastrank.kernels.{op}.{backend}") is not None
+
+
 def _is_interpreted() -> bool:
     """Whether Triton kernels run in Triton's interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -48,17 +71,12 @@ def _standing_refusals(
 ) -> tuple[str, ...]:
     if backend == "reference":
         return ()
-    if importlib.util.find_spec(f"fastrank.kernels.{op}.{backend}") is None:
-        kind = {"cpu": "C++", "gpu": "GPU"}[backend]
-        return (f"fastrank has no {kind} kernel for {op}.",)
+    if not _has_file(op, backend):
+        return (f"fastrank has no {KINDS[backend]} kernel for {op}.",)
     sentences = []
-    if backend == "cpu" and importlib.util.find_spec("fastrank._cpu") is None:
-        sentences.append(
-            "The C++ extension fastrank._cpu is not built: install a C++ compiler and run `pip install -e .` in the "
-            "checkout."
-        )
-    if backend == "gpu" and importlib.util.find_spec("triton") is None:
-        sentences.append("Triton is not installed: pip install 'fastrank[gpu]'.")
+    module, absence = NEEDS[backend]
+    if importlib.util.find_spec(module) is None:
+        sentences.append(absence)
     if device_type not in (DEVICE_TYPES[backend], "cpu" if interpreted and backend == "gpu" else None):
         sentences.append(
             f"The {backend} backend runs on {DEVICE_TYPES[backend]} tensors, not on {device_type} tensors."
@@ -109,7 +127,8 @@ def _warn_of_reference(op: str, tensor: Tensor) -> None:
     if op in _warned:
         return
     _warned.add(op)
-    reasons = " ".join(f"{name}: {' '.join(refusals(op, name, tensor))}" for name in BACKENDS[:-1])
+    asked = [name for name in BACKENDS[:-1] if name not in OPTIONAL or _has_file(op, name)]
+    reasons = " ".join(f"{name}: {' '.join(refusals(op, name, tensor))}" for name in asked)
     warnings.warn(f"{op} runs in plain PyTorch, which is slow. {reasons}", stacklevel=4)
 
 
@@ -119,15 +138,17 @@ def _name(dtype: torch.dtype) -> str:
 
 def table() -> list[dict]:
     """One row for each operation and backend: op, backend, runs, dtypes (names that it takes on its own device),
-    refusals."""
+    refusals. Backends of OPTIONAL have no row beside operations that they do not know."""
     rows = []
     for op in OPS:
         for backend in BACKENDS:
+            if backend in OPTIONAL and not _has_file(op, backend):
+                continue
             device_type = DEVICE_TYPES.get(backend, "cpu")
             answers = {_name(dtype): _standing_refusals(op, backend, device_type, dtype) for dtype in PROBED_DTYPES}
             dtypes = [name for name, sentences in answers.items() if not sentences]
-            reasons = [] if dtypes else list(answers["float32"])
-            if backend == "gpu" and not torch.cuda.is_available():
+            reasons = [] if dtypes else list(answers[_name(DTYPES[backend][0])])
+            if device_type == "cuda" and not torch.cuda.is_available():
                 reasons.append("torch finds no CUDA device here.")
             rows.append({"op": op, "backend": backend, "runs": not reasons, "dtypes": dtypes, "refusals": reasons})
     return rows
@@ -167,6 +188,7 @@ def backends_command(argv: list[str]) -> int:
     rows = [("operation", "backend", "runs", "")]
     for row in table():
         note = ", ".join(row["dtypes"]) if row["runs"] else " ".join(row["refusals"])
+        note += " (untested)" * (row["backend"] in UNTESTED)
         rows.append((row["op"], row["backend"], "yes" if row["runs"] else "no", note))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     for row in rows:

@@ -8,6 +8,7 @@ import functools
 import math
 from collections.abc import Iterable, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -21,6 +22,7 @@ __all__ = [
     "LinearWeights",
     "attention",
     "bias_gelu",
+    "embedding_norm",
     "freeze_linear",
     "fused_attention",
     "layer_norm",
@@ -41,6 +43,7 @@ def attention(
     *,
     query_offsets: Tensor | None = None,
     scale: float | None = None,
+    span: tuple[int, int] | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """softmax(scale * q k^T) v inside each pair of a packed batch; differentiable once in q, k and v.
@@ -48,9 +51,10 @@ def attention(
     q: (query tokens, heads, head_dim). k, v: (tokens, heads, head_dim), of q's dtype. Each may be a strided view whose
     last dimension is contiguous, such as a part of a fused projection. offsets: int32 (pairs + 1,), cuts k and v;
     lengths 2, 4, 3 are [0, 2, 6, 9]. query_offsets: the same for q where its rows are others than those of k (default:
-    offsets). scale: default head_dim ** -0.5. Returns (query tokens, heads, head_dim); a query whose pair has no key
-    gives 0. Raises ValueError with the offending shapes. In training prefer fused_attention, whose gradient needs no
-    copy.
+    offsets). scale: default head_dim ** -0.5. span: tokens of the shortest and of the longest pair, for a caller that
+    knows them: a GPU then starts no kernel for other lengths, and must not be told wrong. Returns (query tokens, heads,
+    head_dim); a query whose pair has no key gives 0. Raises ValueError with the offending shapes. In training prefer
+    fused_attention, whose gradient needs no copy.
     """
     _require(
         q.dim() == 3 and k.dim() == 3 and k.shape == v.shape and q.shape[1:] == k.shape[1:],
@@ -62,6 +66,7 @@ def attention(
     _require_alike(q=q, k=k, v=v)
     _require_contiguous_rows(q=q, k=k, v=v)
     _check_offsets("offsets", offsets, k)
+    _check_span(span, offsets)
     if query_offsets is not None:
         _check_offsets("query_offsets", query_offsets, q)
         _require(
@@ -75,20 +80,28 @@ def attention(
             f"q has {q.shape[0]} tokens and k {k.shape[0]}: where they differ, query_offsets must cut q into pairs."
         )
     scale = max(q.shape[2], 1) ** -0.5 if scale is None else float(scale)
-    return choose("attention", backend, q).attention(q, k, v, offsets, query_offsets, scale)
+    return choose("attention", backend, q).attention(q, k, v, offsets, query_offsets, scale, span)
 
 
-def fused_attention(qkv: Tensor, offsets: Tensor, *, scale: float | None = None, backend: str = "auto") -> Tensor:
+def fused_attention(
+    qkv: Tensor,
+    offsets: Tensor,
+    *,
+    scale: float | None = None,
+    span: tuple[int, int] | None = None,
+    backend: str = "auto",
+) -> Tensor:
     """attention() of the three parts of one projection, whose gradient is written straight into one tensor.
 
     qkv: (tokens, 3, heads, head_dim), for instance a linear layer's (tokens, 3 * hidden) output through .view. offsets,
-    scale: as in attention(). Returns (tokens, heads, head_dim).
+    scale, span: as in attention(). Returns (tokens, heads, head_dim).
     """
     _require(qkv.dim() == 4 and qkv.shape[1] == 3, "fused_attention takes qkv (tokens, 3, heads, head_dim)", qkv=qkv)
     _require_contiguous_rows(qkv=qkv)
     _check_offsets("offsets", offsets, qkv)
+    _check_span(span, offsets)
     scale = max(qkv.shape[3], 1) ** -0.5 if scale is None else float(scale)
-    return choose("attention", backend, qkv).fused_attention(qkv, offsets, scale)
+    return choose("attention", backend, qkv).fused_attention(qkv, offsets, scale, span)
 
 
 def padded_attention(
@@ -125,8 +138,8 @@ def padded_attention(
 def bias_gelu(x: Tensor, bias: Tensor, *, tanh_form: bool = False, backend: str = "auto") -> Tensor:
     """GELU(x + bias), what follows a feed-forward network's first matrix product; differentiable once in both.
 
-    x: (tokens, columns). bias: (columns,), of x's dtype. tanh_form: the tanh approximation instead of the exact erf
-    form. Returns (tokens, columns). Raises ValueError with the offending shapes.
+    x: (tokens, columns). bias: (columns,), of x's dtype or float32. tanh_form: the tanh approximation instead of the
+    exact erf form. Returns (tokens, columns). Raises ValueError with the offending shapes.
     """
     _require(
         x.dim() == 2 and bias.shape == x.shape[1:],
@@ -134,7 +147,8 @@ def bias_gelu(x: Tensor, bias: Tensor, *, tanh_form: bool = False, backend: str 
         x=x,
         bias=bias,
     )
-    _require_alike(x=x, bias=bias)
+    _require_alike(x=x)
+    _require_weights(x, bias=bias)
     return choose("gelu", backend, x).bias_gelu(x, bias, tanh_form)
 
 
@@ -143,17 +157,63 @@ def layer_norm(
 ) -> Tensor:
     """LayerNorm(x + residual) * weight + bias over the last dimension; differentiable once in every tensor.
 
-    x, residual: (tokens, hidden), residual may be None. weight, bias: (hidden,), of x's dtype. eps: added to the
-    variance. Returns (tokens, hidden). Raises ValueError with the offending shapes.
+    x, residual: (tokens, hidden), residual may be None. weight, bias: (hidden,), of x's dtype or float32. eps: added to
+    the variance. Returns (tokens, hidden). Raises ValueError with the offending shapes.
     """
-    named = {"x": x, "weight": weight, "bias": bias} | ({} if residual is None else {"residual": residual})
+    inputs = {"x": x} | ({} if residual is None else {"residual": residual})
     _require(
         x.dim() == 2 and weight.shape == bias.shape == x.shape[1:] and (residual is None or residual.shape == x.shape),
         "layer_norm takes x and residual (tokens, hidden), weight and bias (hidden,)",
-        **named,
+        **inputs,
+        weight=weight,
+        bias=bias,
     )
-    _require_alike(**named)
+    _require_alike(**inputs)
+    _require_weights(x, weight=weight, bias=bias)
     return choose("layer_norm", backend, x).layer_norm(x, residual, weight, bias, float(eps))
+
+
+def embedding_norm(
+    ids: tuple[Tensor, Tensor, Tensor],
+    tables: tuple[Tensor, Tensor, Tensor],
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    padding: tuple[int | None, int | None] = (None, None),
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """LayerNorm of the sum of a token's word, type and position vectors; differentiable once in tables, weight, bias.
+
+    ids: of words, types and positions, int64 (tokens,) each. tables: the vectors, (rows, columns) each, of one dtype.
+    weight, bias: (columns,), of the tables' dtype or float32. eps: added to the variance. padding: a word and a
+    position whose rows get no gradient. dtype: of the result, by default the tables'. Returns (tokens, columns). Raises
+    ValueError with the offending shapes; ids outside their tables are an IndexError on a CPU and not looked for on a
+    GPU.
+    """
+    words = tables[0]
+    named = dict(zip(("words", "types", "positions"), tables, strict=True))
+    _require(
+        all(one.dim() == 2 and one.shape[1:] == weight.shape == bias.shape for one in tables),
+        "embedding_norm takes tables (rows, columns), weight and bias (columns,)",
+        **named,
+        weight=weight,
+        bias=bias,
+    )
+    _require(
+        all(one.dim() == 1 and one.shape == ids[0].shape for one in ids),
+        "embedding_norm takes ids of words, types and positions (tokens,)",
+        words=ids[0],
+        types=ids[1],
+        positions=ids[2],
+    )
+    for name, one in zip(named, ids, strict=True):
+        _require_integers(f"ids of {name}", one, words, (torch.int64,))
+    _require_alike(**named)
+    _require_weights(words, weight=weight, bias=bias)
+    kernels = choose("layer_norm", backend, words)
+    return kernels.embedding_norm(ids, tables, padding, weight, bias, float(eps), dtype or words.dtype)
 
 
 def linear(
@@ -421,6 +481,15 @@ def _require_alike(**tensors: Tensor) -> None:
         raise ValueError(f"All of these must have one dtype and one device; given: {given}.")
 
 
+def _require_weights(beside: Tensor, **tensors: Tensor) -> None:
+    if any(one.dtype not in (beside.dtype, torch.float32) or one.device != beside.device for one in tensors.values()):
+        given = ", ".join(f"{name} {tensor.dtype} on {tensor.device}" for name, tensor in tensors.items())
+        raise ValueError(
+            f"All of these must be of one dtype or float32, and on one device: {beside.dtype} on {beside.device} and "
+            f"{given}."
+        )
+
+
 def _require_contiguous_rows(**tensors: Tensor) -> None:
     for name, rows in tensors.items():
         if rows.shape[-1] > 1 and rows.stride(-1) != 1 and rows.numel():
@@ -436,6 +505,13 @@ def _require_integers(name: str, tensor: Tensor, beside: Tensor, dtypes: tuple[t
             f"{name} must be {' or '.join(map(str, dtypes))} on {beside.device}, where the values are, "
             f"not {tensor.dtype} on {tensor.device}."
         )
+
+
+def _check_span(span: tuple[int, int] | None, offsets: Tensor) -> None:
+    if span is not None and offsets.device.type == "cpu" and len(offsets) > 1:
+        lengths = np.diff(offsets.numpy())
+        if lengths.min() < span[0] or lengths.max() > span[1]:
+            raise ValueError(f"span says {span}, but the pairs have from {lengths.min()} to {lengths.max()} tokens.")
 
 
 def _check_offsets(name: str, offsets: Tensor, rows: Tensor, *, segment: str = "pair", row: str = "token") -> None:

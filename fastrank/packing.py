@@ -26,8 +26,8 @@ class PackedBatch:
         positions: int64 (tokens,): 0, 1, 2, ... restarting in every pair.
         pair_offsets: int32 (pairs + 1,): pair i is tokens [pair_offsets[i], pair_offsets[i + 1]).
         list_offsets: int32 (lists + 1,): list j is pairs [list_offsets[j], list_offsets[j + 1]).
-        max_pair_tokens: tokens of the longest pair, 0 for no pairs; found from pair_offsets where not given (which
-            waits for a GPU).
+        max_pair_tokens, min_pair_tokens: tokens of the longest and of the shortest pair, 0 for no pairs; found from
+            pair_offsets where not given (which waits for a GPU).
     """
 
     token_ids: Tensor
@@ -36,11 +36,19 @@ class PackedBatch:
     pair_offsets: Tensor
     list_offsets: Tensor
     max_pair_tokens: int = -1
+    min_pair_tokens: int = -1
 
     def __post_init__(self):
-        if self.max_pair_tokens < 0:
+        if min(self.max_pair_tokens, self.min_pair_tokens) < 0:
             lengths = self.pair_offsets.diff()
-            object.__setattr__(self, "max_pair_tokens", int(lengths.max()) if len(lengths) else 0)
+            shortest, longest = map(int, lengths.aminmax()) if len(lengths) else (0, 0)
+            object.__setattr__(self, "max_pair_tokens", longest)
+            object.__setattr__(self, "min_pair_tokens", shortest)
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """Tokens of the shortest and of the longest pair, as ops.attention takes them."""
+        return self.min_pair_tokens, self.max_pair_tokens
 
     @property
     def num_tokens(self) -> int:
@@ -66,6 +74,7 @@ class PackedBatch:
         return PackedBatch(
             *(tensor.to(device, non_blocking=True) for tensor in tensors),
             max_pair_tokens=self.max_pair_tokens,
+            min_pair_tokens=self.min_pair_tokens,
         )
 
 
@@ -167,4 +176,5 @@ def _pack(pairs: Sequence[Pair], list_sizes: Sequence[int]) -> PackedBatch:
         torch.from_numpy(offsets.astype(np.int32)),
         torch.from_numpy(_offsets(list_sizes).astype(np.int32)),
         max_pair_tokens=int(lengths.max()) if pairs else 0,
+        min_pair_tokens=int(lengths.min()) if pairs else 0,
     )

@@ -1,10 +1,15 @@
 """Every Triton configuration that can be launched compiles for two generations of GPUs and spills no register.
 
-The compiler needs no GPU. What it says is kept in pytest's cache, by kernel, configuration and version of triton.
+The compiler needs no GPU; it runs in as many processes as there are cores. What it says is kept in pytest's cache, by
+kernel, configuration and version of triton.
 """
 
+import dataclasses
 import importlib
 import importlib.util
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 from ahead_of_time import SHARED_BYTES, Resources, complaints, key, measure
@@ -20,15 +25,42 @@ TABLES = {
 }
 
 
+def compile_named(op: str, name: str, capability: int) -> Resources:
+    """measure(), for another process."""
+    return measure(TABLES[op][name], capability)
+
+
+@pytest.fixture(scope="module")
+def compiled(request):
+    """What the compiler says of the selected configurations: a function of operation, name and compute capability."""
+    wanted = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    wanted = [(one["op"], one["name"], one["capability"]) for one in wanted if {"op", "name", "capability"} <= set(one)]
+    entries = {one: f"ahead_of_time/{key(TABLES[one[0]][one[1]], one[2])}" for one in wanted}
+    cache = request.config.cache
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        unknown = {entry: one for one, entry in entries.items() if cache.get(entry, None) is None}
+        running = {entry: pool.submit(compile_named, *one) for entry, one in unknown.items()}
+
+        def find(*one: str | int) -> Resources:
+            if entries[one] in running:
+                resources = running[entries[one]].result()
+                cache.set(entries[one], list(dataclasses.astuple(resources)))
+            return Resources(*cache.get(entries[one], None))
+
+        yield find
+        pool.shutdown(cancel_futures=True)
+
+
 @pytest.mark.parametrize("capability", SHARED_BYTES)
 @pytest.mark.parametrize(("op", "name"), [(op, name) for op, table in TABLES.items() for name in table])
-def test_a_configuration_compiles_without_spills(op, name, capability, request):
-    configuration = TABLES[op][name]
-    entry = f"ahead_of_time/{key(configuration, capability)}"
-    known = request.config.cache.get(entry, None)
-    resources = Resources(*known) if known else measure(configuration, capability)
-    request.config.cache.set(entry, [resources.registers, resources.stack_bytes, resources.shared_bytes])
+def test_a_configuration_compiles_without_spills(op, name, capability, compiled):
+    resources = compiled(op, name, capability)
     assert complaints(resources, capability) == []
+    if capability == 90 and op == "attention":
+        constants = TABLES[op][name].constants
+        # Matrix units of this generation take 64 rows at once, from 4 warps.
+        rows = constants["BLOCK_KEYS" if name.startswith(("backward", "dkdv")) else "BLOCK_QUERIES"]
+        assert resources.uses_wgmma == (rows >= 64 and "float32" not in name), name
 
 
 @kernel
@@ -47,7 +79,7 @@ def test_the_gate_sees_spills():
         return measure(Configuration(greedy_kernel, {"values_ptr": "*fp32", "count": "i32"}, {"SIZE": size}, 1), 90)
 
     assert complaints(resources(32), 90) == []
-    assert "registers are spilled" in complaints(resources(8192), 90)[0]
+    assert "registers are spilled" in complaints(resources(4096), 90)[0]
 
 
 def test_the_gate_knows_how_much_shared_memory_there_is():

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from accuracy import assert_accurate, outputs_and_gradients, poisoned_memory, skip_unless_runs
+from attention_cases import cut, draw, integers, run_fused
 from torch import Tensor
 
 from fastrank import ops
@@ -19,23 +20,6 @@ def backend(isa):
     """The cpu backend, by instruction set."""
     skip_unless_runs("attention", "cpu", torch.empty(0, 1, 1))
     return "cpu"
-
-
-def cut(lengths) -> Tensor:
-    return torch.tensor([0, *torch.as_tensor(lengths).cumsum(0)], dtype=torch.int32)
-
-
-def draw(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
-    return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def integers(*shape: int, largest: int, seed: int = 0) -> Tensor:
-    return torch.randint(-largest, largest + 1, shape, generator=torch.Generator().manual_seed(seed)).float()
-
-
-def run_fused(lengths, scale=None):
-    offsets = cut(lengths)
-    return lambda backend, qkv: ops.fused_attention(qkv, offsets, scale=scale, backend=backend)
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
@@ -326,6 +310,13 @@ def test_bad_offsets(offsets, sentence, backend):
         ops.fused_attention(torch.zeros(5, 3, 2, 8), offsets, backend=backend)
     with pytest.raises(ValueError, match=re.escape(sentence)):
         ops.attention(x, x, x, GOOD, query_offsets=offsets, backend=backend)
+
+
+def test_a_wrong_span():
+    for span in ((1, 2), (3, 3)):
+        with pytest.raises(ValueError, match=re.escape(f"span says {span}, but the pairs have from 2 to 3 tokens")):
+            ops.fused_attention(torch.zeros(5, 3, 2, 8), GOOD, span=span)
+    assert ops.fused_attention(torch.zeros(5, 3, 2, 8), GOOD, span=(2, 3)).shape == (5, 2, 8)
 
 
 def test_bad_shapes_and_dtypes():

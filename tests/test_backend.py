@@ -16,7 +16,7 @@ import torch
 import fastrank
 from fastrank import _cpu, backend, ops
 
-IN_TRITON = ("listwise",)
+IN_TRITON = ("attention", "gelu", "layer_norm", "listwise")
 OFFSETS = torch.tensor([0, 5], dtype=torch.int32)
 
 
@@ -51,7 +51,7 @@ def test_no_gpu_kernel_is_claimed(op):
 
 @pytest.mark.parametrize("op", IN_TRITON)
 def test_the_gpu_backend_wants_triton_and_a_cuda_tensor(op, monkeypatch):
-    tensor = torch.zeros(5)
+    tensor = torch.zeros(5, 2, 32)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert backend.refusals(op, "gpu", tensor) == ["The gpu backend runs on cuda tensors, not on cpu tensors."]
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -60,6 +60,22 @@ def test_the_gpu_backend_wants_triton_and_a_cuda_tensor(op, monkeypatch):
         "The gpu backend runs on cuda tensors, not on meta tensors."
     ]
     assert chosen(op, tensor) == f"fastrank.kernels.{op}.cpu", "the interpreter is for whoever asks for it"
+
+
+def test_other_peoples_attention_wants_a_cuda_tensor_and_half_precision(monkeypatch):
+    x = torch.zeros(5, 2, 32)
+    assert backend.refusals("attention", "varlen", x) == [
+        "The varlen backend runs on cuda tensors, not on cpu tensors.",
+        "The varlen backend computes in bf16, fp16, not in float32.",
+    ]
+    assert backend.refusals("gelu", "varlen", x) == ["fastrank has no torch.nn.attention.varlen kernel for gelu."]
+    monkeypatch.setattr(backend.importlib.util, "find_spec", _without(backend.importlib.util.find_spec, "flash_attn"))
+    backend._standing_refusals.cache_clear()
+    assert "flash-attn is not installed." in backend.refusals("attention", "flash_attn", x)
+
+
+def _without(find_spec, missing: str):
+    return lambda name, *package: None if name == missing else find_spec(name, *package)
 
 
 def test_a_missing_triton_is_a_refusal_that_says_how_to_install_it(without_extension):
@@ -100,7 +116,7 @@ def test_a_kernel_may_refuse_a_shape():
 def test_auto_falls_to_the_reference_with_one_warning():
     x = torch.randn(5, 1, 130)
     with pytest.warns(
-        UserWarning, match=r"attention runs in plain PyTorch.*up to 128, not for 130.*no GPU kernel"
+        UserWarning, match=r"attention runs in plain PyTorch.*up to 128, not for 130.*gpu: The gpu backend runs on cuda"
     ) as caught:
         ops.attention(x, x, x, OFFSETS)
     assert caught[0].filename == __file__, "the warning points at the caller"
@@ -117,15 +133,15 @@ def test_an_explicit_backend_never_falls_back():
         backend.BackendRefused, match="'cpu' cannot run attention: The cpu backend computes in float32, not in"
     ):
         ops.attention(x, x, x, OFFSETS, backend="cpu")
-    with pytest.raises(backend.BackendRefused, match="'gpu' cannot run attention: fastrank has no GPU kernel"):
-        ops.attention(x.float(), x.float(), x.float(), OFFSETS, backend="gpu")
+    with pytest.raises(backend.BackendRefused, match="'gpu' cannot run linear: fastrank has no GPU kernel"):
+        backend.choose("linear", "gpu", x.float())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ops.attention(x, x, x, OFFSETS, backend="reference")
 
 
 def test_an_unknown_backend_is_named_with_the_known_ones():
-    with pytest.raises(ValueError, match="no backend 'cuda'; known are auto, cpu, gpu, reference"):
+    with pytest.raises(ValueError, match="no backend 'cuda'; known are auto, cpu, gpu, varlen, flash_attn, reference"):
         chosen("attention", torch.zeros(1, 1, 8), "cuda")
 
 
@@ -211,7 +227,9 @@ def test_the_command_prints_every_operation_and_backend(capsys):
     assert f"instruction set {_cpu.isa()}" in text and f"torch {torch.__version__}" in text
     for op in ("attention", "layer_norm", "listwise"):
         rows = [line.split() for line in text.splitlines() if line.startswith(op)]
-        assert [row[1] for row in rows] == ["cpu", "gpu", "reference"]
+        more = ["varlen", "flash_attn"] * (op == "attention")
+        assert [row[1] for row in rows] == ["cpu", "gpu", *more, "reference"]
+        assert all(row[-1] == "(untested)" for row in rows if row[1] in more)
         assert rows[0][2:] == ["yes", "float32"]
         assert rows[1][2] == ("yes" if op in IN_TRITON and torch.cuda.is_available() else "no")
     assert backend.backends_command(["--json"]) == 0

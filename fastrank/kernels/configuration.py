@@ -1,12 +1,14 @@
 """Tables of Triton kernel configurations: the one way to launch a kernel.
 
 A table says of each configuration what triton compiles: kernel, types of the arguments, compile-time values, warps,
-stages. Kernels are not specialised on values or alignment, so what the ahead-of-time gate compiles from a table
-(tests/ahead_of_time.py) is what a launch runs, and nothing else can be launched.
+stages. Kernels are not specialised on values, and on alignment only where they say so and a launch demands it, so what
+the ahead-of-time gate compiles from a table (tests/ahead_of_time.py) is what a launch runs, and nothing else can be
+launched.
 """
 
+import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -25,14 +27,27 @@ POINTERS = {
 NUMBERS = {int: "i32", float: "fp32"}
 
 
-def kernel(function: Callable) -> Callable:
-    """triton.jit without any specialisation on run-time arguments."""
-    arguments = [
-        name
-        for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.annotation is not tl.constexpr
-    ]
-    return triton.jit(function, do_not_specialize=arguments, do_not_specialize_on_alignment=arguments)
+ALIGNMENT = 16  # bytes: the widest load of a thread
+
+
+def kernel(function: Callable | None = None, *, aligned: Collection[str] = ()) -> Callable:
+    """triton.jit without specialisation on run-time arguments but for this: the pointers of `aligned`, named without
+    their _ptr, are multiples of ALIGNMENT."""
+    if function is None:
+        return functools.partial(kernel, aligned=aligned)
+    parameters = inspect.signature(function).parameters
+    arguments = [name for name, parameter in parameters.items() if parameter.annotation is not tl.constexpr]
+    known = frozenset(name for name in arguments if name.removesuffix("_ptr") in aligned)
+    rest = [name for name in arguments if name not in known]
+    made = triton.jit(function, do_not_specialize=rest, do_not_specialize_on_alignment=rest)
+    made.aligned = known
+    return made
+
+
+def align(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy: contiguous, and begins at a multiple of ALIGNMENT."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
 
 
 @dataclass(frozen=True)
@@ -54,6 +69,11 @@ class Configuration:
     num_stages: int = 1
 
     @property
+    def aligned(self) -> frozenset[str]:
+        """Arguments that are multiples of ALIGNMENT."""
+        return self.kernel.aligned
+
+    @property
     def options(self) -> dict[str, object]:
         # Fusing is asked for: triton 3.10 no longer does it by itself.
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
@@ -63,12 +83,15 @@ class Table(dict[str, Configuration]):
     """Configurations by name."""
 
     def launch(self, name: str, num_programs: int, *arguments: Tensor | int | float) -> None:
-        """Runs the configuration `name` in a grid of num_programs; tensors must be contiguous. KeyError for a name that
-        is not in the table, TypeError for an argument of another type than the table says."""
+        """Runs the configuration `name` in a grid of num_programs; tensors must lie as the kernel reads them. KeyError
+        for a name that is not in the table, TypeError for an argument of another type than the table says, ValueError
+        for one that is not aligned as the kernel demands."""
         configuration = self[name]
         for (parameter, expected), argument in zip(configuration.types.items(), arguments, strict=True):
             given = POINTERS.get(argument.dtype) if isinstance(argument, Tensor) else NUMBERS.get(type(argument))
             if given != expected:
                 raise TypeError(f"{name}: {parameter} must be {expected}, not {given}.")
+            if parameter in configuration.aligned and argument.data_ptr() % ALIGNMENT:
+                raise ValueError(f"{name}: {parameter} must begin at a multiple of {ALIGNMENT} bytes.")
         if num_programs:
             configuration.kernel[(num_programs,)](*arguments, **configuration.constants, **configuration.options)

@@ -13,7 +13,7 @@ from fastrank.model.bert import BERT
 from fastrank.model.electra import ELECTRA
 from fastrank.model.encoder import Encoder
 from fastrank.model.family import Family
-from fastrank.model.linear import freeze, linears, set_precision
+from fastrank.model.linear import find_precision, freeze, linears, set_precision
 from fastrank.model.roberta import ROBERTA, XLM_ROBERTA
 from fastrank.model.settings import read_settings
 
@@ -67,9 +67,18 @@ class CrossEncoder(nn.Module):
         """How many tokens a pair may have: the rows of the position table that can be used."""
         return self.settings.num_positions - self.settings.first_position
 
-    def to_precision(self, precision: str | torch.dtype) -> "CrossEncoder":
-        """Run the encoder's matrix products in "float32" or "bf16"; weights, kernels and head stay in float32."""
-        set_precision(self.encoder, precision)
+    def to_precision(
+        self, precision: str | torch.dtype, *, hidden_states: str | torch.dtype | None = None
+    ) -> "CrossEncoder":
+        """Run the encoder's matrix products in "float32", "bf16" or "fp16"; weights and head stay in float32.
+
+        hidden_states: what lies between the products, and what kernels compute; by default `precision` on a GPU and
+        float32 on a CPU.
+        """
+        dtype = find_precision(precision)
+        hidden = None if hidden_states is None else find_precision(hidden_states)
+        set_precision(self.encoder, dtype)
+        self.encoder.precision, self.encoder.hidden_dtype = dtype, hidden
         return self
 
     def freeze(self, precision: str, *, keep_weights: bool = True) -> "CrossEncoder":
@@ -102,7 +111,7 @@ class CrossEncoder(nn.Module):
         if self.family.positions_after_padding is not None:
             padding_idx = self.settings.pad_token_id
             positions = self.family.positions_after_padding(batch.token_ids, positions, padding_idx)
-        return self.head(self.encoder(batch, positions))
+        return self.head(self.encoder(batch, positions).to(self.encoder.embeddings.words.weight.dtype))
 
     def score(self, batch: "PackedBatch") -> Tensor:
         """One score a pair, (pairs,) float32: the logit, or with two labels the log-probability of the second."""

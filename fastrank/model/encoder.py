@@ -48,9 +48,18 @@ class Embeddings(nn.Module):
         self.dropout = settings.dropout
         self.project = Linear(size, settings.hidden_size) if size != settings.hidden_size else None
 
-    def forward(self, token_ids: Tensor, token_types: Tensor, positions: Tensor) -> Tensor:
-        """All arguments (tokens,) int64; returns (tokens, hidden)."""
-        x = self.norm(self.words(token_ids) + self.token_types(token_types), self.positions(positions))
+    def forward(self, token_ids: Tensor, token_types: Tensor, positions: Tensor, dtype: torch.dtype | None) -> Tensor:
+        """All arguments (tokens,) int64; returns (tokens, hidden) in dtype, by default that of the weights."""
+        tables = self.words, self.token_types, self.positions
+        x = ops.embedding_norm(
+            (token_ids, token_types, positions),
+            tuple(table.weight for table in tables),
+            self.norm.weight,
+            self.norm.bias,
+            self.norm.eps,
+            padding=(self.words.padding_idx, self.positions.padding_idx),
+            dtype=dtype,
+        )
         x = F.dropout(x, self.dropout, self.training)
         return x if self.project is None else self.project(x)
 
@@ -76,13 +85,14 @@ class Layer(nn.Module):
         self.down = Linear(inner, size)
         self.norm = Norm(size, settings.layer_norm_eps)
 
-    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
-        """x: (tokens, hidden); offsets int32 (pairs + 1,). Returns (tokens, hidden); the last layer (pairs, hidden)."""
+    def forward(self, x: Tensor, offsets: Tensor, span: tuple[int, int]) -> Tensor:
+        """x: (tokens, hidden); offsets int32 (pairs + 1,); span as in ops.attention. Returns (tokens, hidden); the last
+        layer (pairs, hidden)."""
         if self.is_last:
-            attended, x = self._attend_from_first_tokens(x, offsets)
+            attended, x = self._attend_from_first_tokens(x, offsets, span)
         else:
             qkv = self.qkv.in_groups(x, 3 * self.heads[0]).unflatten(1, (3, -1))
-            attended = ops.fused_attention(qkv, offsets)
+            attended = ops.fused_attention(qkv, offsets, span=span)
         attended = attended.flatten(1)
         frozen = [module.frozen is not None for module in (self.attention_output, self.up, self.down)]
         if any(frozen):
@@ -104,19 +114,26 @@ class Layer(nn.Module):
             return torch.relu(x + bias)
         return ops.bias_gelu(x, bias, tanh_form=self.activation == "gelu_tanh")
 
-    def _attend_from_first_tokens(self, x: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    def _attend_from_first_tokens(self, x: Tensor, offsets: Tensor, span: tuple[int, int]) -> tuple[Tensor, Tensor]:
         k, v = self.key_value.in_groups(x, 2 * self.heads[0]).unflatten(1, (2, -1)).unbind(1)
-        first = x[offsets[:-1].long()]
+        first = x.index_select(0, offsets[:-1])
         q = self.query(first).unflatten(1, self.heads)
         one_query_each = torch.arange(len(offsets), dtype=offsets.dtype, device=offsets.device)
-        return ops.attention(q, k, v, offsets, query_offsets=one_query_each), first
+        return ops.attention(q, k, v, offsets, query_offsets=one_query_each, span=span), first
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training)
 
 
 class Encoder(nn.Module):
-    """Embeddings and layers."""
+    """Embeddings and layers.
+
+    precision: of the matrix products. hidden_dtype: of what lies between them; None for precision on a GPU and that of
+    the weights on a CPU, whose kernels take nothing else.
+    """
+
+    precision: torch.dtype = torch.float32
+    hidden_dtype: torch.dtype | None = None
 
     def __init__(self, settings: Settings) -> None:
         super().__init__()
@@ -126,9 +143,12 @@ class Encoder(nn.Module):
 
     def forward(self, batch: "PackedBatch", positions: Tensor) -> Tensor:
         """positions: (tokens,) int64, rows of the position table. Returns the first token's vector, (pairs, hidden)."""
-        x = self.embeddings(batch.token_ids, batch.token_types, positions)
+        dtype = self.hidden_dtype
+        if dtype is None and positions.is_cuda and self.precision != torch.float32:
+            dtype = self.precision
+        x = self.embeddings(batch.token_ids, batch.token_types, positions, dtype)
         for layer in self.layers:
-            x = layer(x, batch.pair_offsets)
+            x = layer(x, batch.pair_offsets, batch.span)
         return x
 
 

@@ -1,4 +1,5 @@
-"""Every matrix product of the encoder goes through this one layer: float32 in, float32 out, weights kept in float32.
+"""Every matrix product of the encoder goes through this one layer: hidden states in and out in their own dtype, weights
+kept in float32.
 
 The product runs in `precision` by torch, or, once the weights are frozen for inference, by fastrank.ops.linear.
 """
@@ -14,6 +15,8 @@ PRECISIONS = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
     "bfloat16": torch.bfloat16,
+    "fp16": torch.float16,
+    "float16": torch.float16,
 }
 
 
@@ -28,7 +31,7 @@ class Linear(nn.Linear):
         """Weights come from a checkpoint; drawing random ones first would take longer than reading them."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (rows, in_features) float32; returns (rows, out_features) float32."""
+        """x: (rows, in_features); returns (rows, out_features) of x's dtype."""
         if self.frozen is not None:
             return ops.linear(x, self.frozen)
         if self.precision == torch.float32:
@@ -84,11 +87,16 @@ def linears(model: nn.Module) -> list[tuple[str, Linear]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, Linear)]
 
 
-def set_precision(model: nn.Module, precision: str | torch.dtype) -> None:
-    """Make every Linear inside the model compute in "float32" or "bf16" (or an alias, or a torch dtype)."""
+def find_precision(precision: str | torch.dtype) -> torch.dtype:
+    """The dtype of a name of PRECISIONS; raises ValueError for any other."""
     dtype = PRECISIONS.get(precision, precision)
     if dtype not in PRECISIONS.values():
         raise ValueError(f"The model does not run in precision {precision!r}; choose one of {', '.join(PRECISIONS)}.")
+    return dtype
+
+
+def set_precision(model: nn.Module, dtype: torch.dtype) -> None:
+    """Make every Linear inside the model compute in this dtype."""
     for _, module in linears(model):
         module.require_weights()
         module.precision = dtype

@@ -26,7 +26,15 @@ def refusals(tensor: Tensor) -> list[str]:
     return [f"The cpu backend computes attention for head dimensions up to {MAX_HEAD_DIM}, not for {head_dim}."]
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, query_offsets: Tensor | None, scale: float) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor,
+    query_offsets: Tensor | None,
+    scale: float,
+    span: tuple[int, int] | None = None,
+) -> Tensor:
     cuts = offsets.contiguous().numpy()
     query_cuts = cuts if query_offsets is None else query_offsets.contiguous().numpy()
     segments = [query_cuts[:-1], query_cuts[1:], cuts[:-1], cuts[1:]]
@@ -42,7 +50,7 @@ def padded_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: fl
     return out.unflatten(0, (batch, length))
 
 
-def fused_attention(qkv: Tensor, offsets: Tensor, scale: float) -> Tensor:
+def fused_attention(qkv: Tensor, offsets: Tensor, scale: float, span: tuple[int, int] | None = None) -> Tensor:
     cuts = offsets.contiguous().numpy()
     segments = [cuts[:-1], cuts[1:]] * 2
     if torch.is_grad_enabled() and qkv.requires_grad:

@@ -5,4 +5,4 @@ from torch.nn import functional
 
 
 def bias_gelu(x: Tensor, bias: Tensor, tanh_form: bool) -> Tensor:
-    return functional.gelu(x + bias, approximate="tanh" if tanh_form else "none")
+    return functional.gelu(x + bias, approximate="tanh" if tanh_form else "none").to(x.dtype)

@@ -11,6 +11,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from fastrank import _cpu
+from fastrank.kernels.layer_norm.reference import sum_vectors
 
 
 def layer_norm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -19,6 +20,18 @@ def layer_norm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor,
     ):
         return _LayerNorm.apply(x, residual, weight, bias, eps)
     return _forward(x, residual, weight, bias, eps, None, None)
+
+
+def embedding_norm(
+    ids: tuple[Tensor, Tensor, Tensor],
+    tables: tuple[Tensor, Tensor, Tensor],
+    padding: tuple[int | None, int | None],
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    return layer_norm(*sum_vectors(ids, tables, padding), weight, bias, eps).to(dtype)
 
 
 def _array(tensor: Tensor | None) -> np.ndarray | None:

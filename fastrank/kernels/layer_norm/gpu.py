@@ -1,0 +1,398 @@
+"""LayerNorm in Triton: of a sum, and of the vectors of packed token ids; float32 inside, weights and bias float32.
+
+Saved for the backward are the inputs and two numbers a row. Sums over rows are made by a fixed number of programs and
+then by torch, without atomics, so that a gradient is the same bit for bit in every run.
+"""
+
+from collections.abc import Callable
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from triton import language as tl
+
+from fastrank.kernels.configuration import POINTERS, Configuration, Table, align, kernel
+
+STEP = tl.constexpr(8)  # rows are counted in steps of 8 numbers, so that the compiler knows them to be aligned
+WIDTHS = (512, 1024, 2048)  # of a tile: the least that holds a row is taken
+TILE = 2048  # numbers of a tile
+MOST_PROGRAMS = 512  # that sum over rows
+NUMBER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@triton.jit
+def load_rows(ptr, rows, columns, inside, num_steps):
+    offsets = rows.to(tl.int64)[:, None] * (num_steps * STEP) + columns[None, :]
+    return tl.load(ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_rows(ptr, values, rows, columns, inside, num_steps):
+    offsets = rows.to(tl.int64)[:, None] * (num_steps * STEP) + columns[None, :]
+    tl.store(ptr + offsets, values.to(ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def sum_vectors(
+    token_ids_ptr,
+    token_types_ptr,
+    positions_ptr,
+    words_ptr,
+    types_ptr,
+    places_ptr,
+    rows,
+    num_rows,
+    columns,
+    inside,
+    num_steps,
+):
+    """Word, type and position vectors of the tokens, summed."""
+    ids = tl.load(token_ids_ptr + rows, mask=rows < num_rows, other=0)
+    types = tl.load(token_types_ptr + rows, mask=rows < num_rows, other=0)
+    positions = tl.load(positions_ptr + rows, mask=rows < num_rows, other=0)
+    summed = load_rows(words_ptr, ids, columns, inside, num_steps)
+    summed += load_rows(types_ptr, types, columns, inside, num_steps)
+    return summed + load_rows(places_ptr, positions, columns, inside, num_steps)
+
+
+@triton.jit
+def normalise(summed, inside, weight, bias, num_columns, eps):
+    """Rows of LayerNorm, their means and inverse deviations."""
+    mean = tl.sum(summed, 1) / num_columns
+    centred = tl.where(inside, summed - mean[:, None], 0.0)
+    inverse = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / num_columns + eps)
+    return centred * inverse[:, None] * weight[None, :] + bias[None, :], mean, inverse
+
+
+@triton.jit
+def differentiate(summed, dout, inside, weight, mean, inverse, num_columns):
+    """The gradient of the summed rows, and the normalised rows."""
+    normal = tl.where(inside, (summed - mean[:, None]) * inverse[:, None], 0.0)
+    dnormal = dout * weight[None, :]
+    shift = tl.sum(dnormal, 1) / num_columns
+    slope = tl.sum(dnormal * normal, 1) / num_columns
+    return (dnormal - shift[:, None] - normal * slope[:, None]) * inverse[:, None], normal
+
+
+@kernel(aligned=("x", "residual", "weight", "bias", "out", "dout", "dx"))
+def layer_norm_forward_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    means_ptr,
+    inverses_ptr,
+    num_rows,
+    num_steps,
+    has_residual,
+    eps,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """out = LayerNorm(x + residual) of BLOCK_ROWS rows."""
+    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    columns = tl.arange(0, BLOCK_COLUMNS)
+    num_columns = num_steps * STEP
+    inside = (rows[:, None] < num_rows) & (columns[None, :] < num_columns)
+    weight = tl.load(weight_ptr + columns, mask=columns < num_columns, other=0.0)
+    bias = tl.load(bias_ptr + columns, mask=columns < num_columns, other=0.0)
+    summed = load_rows(x_ptr, rows, columns, inside, num_steps)
+    with_residual = inside & (rows[:, None] < num_rows * has_residual)
+    summed += load_rows(residual_ptr, rows, columns, with_residual, num_steps)
+    out, mean, inverse = normalise(summed, inside, weight, bias, num_columns, eps)
+    store_rows(out_ptr, out, rows, columns, inside, num_steps)
+    tl.store(means_ptr + rows, mean, mask=rows < num_rows)
+    tl.store(inverses_ptr + rows, inverse, mask=rows < num_rows)
+
+
+@kernel(aligned=("x", "residual", "weight", "bias", "out", "dout", "dx"))
+def layer_norm_backward_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    means_ptr,
+    inverses_ptr,
+    dout_ptr,
+    dx_ptr,
+    sums_ptr,
+    num_rows,
+    num_steps,
+    has_residual,
+    num_programs,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """dx, which is the residual's gradient too, and this program's part of dweight and dbias: sums (programs, 2,
+    columns)."""
+    columns = tl.arange(0, BLOCK_COLUMNS)
+    num_columns = num_steps * STEP
+    weight = tl.load(weight_ptr + columns, mask=columns < num_columns, other=0.0)
+    dweight = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+    dbias = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+    for first_row in range(tl.program_id(0) * BLOCK_ROWS, num_rows, num_programs * BLOCK_ROWS):
+        rows = first_row + tl.arange(0, BLOCK_ROWS)
+        inside = (rows[:, None] < num_rows) & (columns[None, :] < num_columns)
+        summed = load_rows(x_ptr, rows, columns, inside, num_steps)
+        with_residual = inside & (rows[:, None] < num_rows * has_residual)
+        summed += load_rows(residual_ptr, rows, columns, with_residual, num_steps)
+        dout = load_rows(dout_ptr, rows, columns, inside, num_steps)
+        mean = tl.load(means_ptr + rows, mask=rows < num_rows, other=0.0)
+        inverse = tl.load(inverses_ptr + rows, mask=rows < num_rows, other=0.0)
+        dx, normal = differentiate(summed, dout, inside, weight, mean, inverse, num_columns)
+        store_rows(dx_ptr, dx, rows, columns, inside, num_steps)
+        dweight += dout * normal
+        dbias += dout
+    sums_at = sums_ptr + tl.program_id(0) * (2 * num_columns) + columns
+    tl.store(sums_at, tl.sum(dweight, 0), mask=columns < num_columns)
+    tl.store(sums_at + num_columns, tl.sum(dbias, 0), mask=columns < num_columns)
+
+
+@kernel(aligned=("words", "types", "places", "weight", "bias", "out", "dout", "dx"))
+def embedding_norm_forward_kernel(
+    token_ids_ptr,
+    token_types_ptr,
+    positions_ptr,
+    words_ptr,
+    types_ptr,
+    places_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    means_ptr,
+    inverses_ptr,
+    num_rows,
+    num_steps,
+    eps,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """out = LayerNorm(word + type + position) of BLOCK_ROWS tokens."""
+    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    columns = tl.arange(0, BLOCK_COLUMNS)
+    num_columns = num_steps * STEP
+    inside = (rows[:, None] < num_rows) & (columns[None, :] < num_columns)
+    weight = tl.load(weight_ptr + columns, mask=columns < num_columns, other=0.0)
+    bias = tl.load(bias_ptr + columns, mask=columns < num_columns, other=0.0)
+    summed = sum_vectors(
+        token_ids_ptr,
+        token_types_ptr,
+        positions_ptr,
+        words_ptr,
+        types_ptr,
+        places_ptr,
+        rows,
+        num_rows,
+        columns,
+        inside,
+        num_steps,
+    )
+    out, mean, inverse = normalise(summed, inside, weight, bias, num_columns, eps)
+    store_rows(out_ptr, out, rows, columns, inside, num_steps)
+    tl.store(means_ptr + rows, mean, mask=rows < num_rows)
+    tl.store(inverses_ptr + rows, inverse, mask=rows < num_rows)
+
+
+@kernel(aligned=("words", "types", "places", "weight", "bias", "out", "dout", "dx"))
+def embedding_norm_backward_kernel(
+    token_ids_ptr,
+    token_types_ptr,
+    positions_ptr,
+    words_ptr,
+    types_ptr,
+    places_ptr,
+    weight_ptr,
+    means_ptr,
+    inverses_ptr,
+    dout_ptr,
+    dx_ptr,
+    sums_ptr,
+    num_rows,
+    num_steps,
+    num_programs,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """dx (tokens, columns), the gradient of each token's three vectors, and sums as in layer_norm_backward_kernel."""
+    columns = tl.arange(0, BLOCK_COLUMNS)
+    num_columns = num_steps * STEP
+    weight = tl.load(weight_ptr + columns, mask=columns < num_columns, other=0.0)
+    dweight = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+    dbias = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+    for first_row in range(tl.program_id(0) * BLOCK_ROWS, num_rows, num_programs * BLOCK_ROWS):
+        rows = first_row + tl.arange(0, BLOCK_ROWS)
+        inside = (rows[:, None] < num_rows) & (columns[None, :] < num_columns)
+        summed = sum_vectors(
+            token_ids_ptr,
+            token_types_ptr,
+            positions_ptr,
+            words_ptr,
+            types_ptr,
+            places_ptr,
+            rows,
+            num_rows,
+            columns,
+            inside,
+            num_steps,
+        )
+        dout = load_rows(dout_ptr, rows, columns, inside, num_steps)
+        mean = tl.load(means_ptr + rows, mask=rows < num_rows, other=0.0)
+        inverse = tl.load(inverses_ptr + rows, mask=rows < num_rows, other=0.0)
+        dx, normal = differentiate(summed, dout, inside, weight, mean, inverse, num_columns)
+        store_rows(dx_ptr, dx, rows, columns, inside, num_steps)
+        dweight += dout * normal
+        dbias += dout
+    sums_at = sums_ptr + tl.program_id(0) * (2 * num_columns) + columns
+    tl.store(sums_at, tl.sum(dweight, 0), mask=columns < num_columns)
+    tl.store(sums_at + num_columns, tl.sum(dbias, 0), mask=columns < num_columns)
+
+
+def _configure(kernel: Callable, dtype: torch.dtype, width: int) -> Configuration:
+    of_stream = {"x_ptr", "residual_ptr", "out_ptr", "dout_ptr"}
+    if kernel is layer_norm_backward_kernel:
+        of_stream.add("dx_ptr")
+    constants = {"BLOCK_ROWS": TILE // width, "BLOCK_COLUMNS": width}
+    types = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            continue
+        if name in ("token_ids_ptr", "token_types_ptr", "positions_ptr"):
+            types[name] = "*i64"
+        elif name.endswith("_ptr"):
+            types[name] = POINTERS[dtype] if name in of_stream else "*fp32"
+        else:
+            types[name] = "fp32" if name == "eps" else "i32"
+    return Configuration(kernel, types, constants)
+
+
+CONFIGURATIONS = Table(
+    {
+        f"{name} {str(dtype).removeprefix('torch.')} {width}": _configure(kernel, dtype, width)
+        for name, kernel in (
+            ("forward", layer_norm_forward_kernel),
+            ("backward", layer_norm_backward_kernel),
+            ("embedding forward", embedding_norm_forward_kernel),
+            ("embedding backward", embedding_norm_backward_kernel),
+        )
+        for dtype in NUMBER_DTYPES
+        for width in WIDTHS
+    }
+)
+
+
+def refusals(tensor: Tensor) -> list[str]:
+    columns = tensor.shape[-1]
+    if columns % STEP.value == 0 and 0 < columns <= WIDTHS[-1]:
+        return []
+    return [f"The gpu backend normalises rows of a multiple of 8 numbers, up to {WIDTHS[-1]}, not of {columns}."]
+
+
+def layer_norm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return _LayerNorm.apply(x, residual, weight, bias, eps)
+
+
+def embedding_norm(
+    ids: tuple[Tensor, Tensor, Tensor],
+    tables: tuple[Tensor, Tensor, Tensor],
+    padding: tuple[int | None, int | None],
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    return _EmbeddingNorm.apply(*ids, *tables, padding, weight, bias, eps, dtype)
+
+
+def _launch(name: str, dtype: torch.dtype, columns: int, num_programs: int, *arguments: Tensor | int | float) -> None:
+    width = next(width for width in WIDTHS if columns <= width)
+    CONFIGURATIONS.launch(f"{name} {str(dtype).removeprefix('torch.')} {width}", num_programs, *arguments)
+
+
+def _num_blocks(num_rows: int, columns: int) -> int:
+    width = next(width for width in WIDTHS if columns <= width)
+    return -(-num_rows // (TILE // width))
+
+
+def _full(tensor: Tensor) -> Tensor:
+    """A weight as the kernels read it."""
+    return align(tensor.detach().float())
+
+
+def _statistics(x: Tensor, num_rows: int) -> list[Tensor]:
+    return [torch.empty(num_rows, dtype=torch.float32, device=x.device) for _ in range(2)]
+
+
+class _LayerNorm(Function):
+    @staticmethod
+    def forward(ctx, x, residual, weight, bias, eps):
+        ctx.weight_dtypes = weight.dtype, bias.dtype
+        x, weight = align(x), _full(weight)
+        residual = None if residual is None else align(residual)
+        rows, columns = x.shape
+        out, statistics = torch.empty_like(x), _statistics(x, rows)
+        given = x, x if residual is None else residual, weight, _full(bias), out, *statistics
+        numbers = rows, columns // STEP.value, int(residual is not None), eps
+        _launch("forward", x.dtype, columns, _num_blocks(rows, columns), *given, *numbers)
+        ctx.save_for_backward(x, residual, weight, *statistics)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        x, residual, weight, *statistics = ctx.saved_tensors
+        x_needed, residual_needed, weight_needed, bias_needed, _ = ctx.needs_input_grad
+        rows, columns = x.shape
+        dx = torch.empty_like(x)
+        programs = min(_num_blocks(rows, columns), MOST_PROGRAMS)
+        sums = torch.empty(programs, 2, columns, dtype=torch.float32, device=x.device)
+        given = x, x if residual is None else residual, weight, *statistics, align(dout), dx, sums
+        numbers = rows, columns // STEP.value, int(residual is not None), programs
+        _launch("backward", x.dtype, columns, programs, *given, *numbers)
+        dweight, dbias = sums.sum(0) if weight_needed or bias_needed else (None, None)
+        return (
+            dx if x_needed else None,
+            dx if residual_needed else None,
+            dweight.to(ctx.weight_dtypes[0]) if weight_needed else None,
+            dbias.to(ctx.weight_dtypes[1]) if bias_needed else None,
+            None,
+        )
+
+
+class _EmbeddingNorm(Function):
+    @staticmethod
+    def forward(ctx, token_ids, token_types, positions, words, types, places, padding, weight, bias, eps, dtype):
+        ids = [one.contiguous() for one in (token_ids, token_types, positions)]
+        tables = [_full(one) for one in (words, types, places)]
+        weight = _full(weight)
+        rows, columns = len(token_ids), words.shape[1]
+        out = torch.empty(rows, columns, dtype=dtype, device=words.device)
+        statistics = _statistics(words, rows)
+        given = *ids, *tables, weight, _full(bias), out, *statistics, rows, columns // STEP.value, eps
+        _launch("embedding forward", dtype, columns, _num_blocks(rows, columns), *given)
+        ctx.save_for_backward(*ids, *tables, weight, *statistics)
+        ctx.padding = padding
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        *given, weight, means, inverses = ctx.saved_tensors
+        ids, tables = given[:3], given[3:]
+        rows, columns = dout.shape
+        dx = torch.empty(rows, columns, dtype=torch.float32, device=dout.device)
+        programs = min(_num_blocks(rows, columns), MOST_PROGRAMS)
+        sums = torch.empty(programs, 2, columns, dtype=torch.float32, device=dout.device)
+        arguments = *given, weight, means, inverses, align(dout), dx, sums, rows, columns // STEP.value, programs
+        _launch("embedding backward", dout.dtype, columns, programs, *arguments)
+        dweight, dbias = sums.sum(0)
+        word_padding, position_padding = (-1 if one is None else one for one in ctx.padding)
+        # torch sorts the ids and adds the rows of each up in order.
+        gradients = [
+            torch.ops.aten.embedding_dense_backward(dx, one, len(table), skipped, False) if needed else None
+            for one, table, skipped, needed in zip(
+                ids, tables, (word_padding, -1, position_padding), ctx.needs_input_grad[3:6], strict=True
+            )
+        ]
+        return None, None, None, *gradients, None, dweight, dbias, None, None

@@ -1,0 +1,165 @@
+"""LayerNorm, embedding and GELU in Triton against their references, and a whole model on Triton's kernels."""
+
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+from accuracy import assert_accurate, poisoned_memory
+
+from fastrank import backend, ops
+from fastrank.kernels.layer_norm import gpu as norms
+from fastrank.model import CrossEncoder
+from fastrank.packing import pack_lists
+
+DTYPES = (torch.float32, torch.float16)
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Numbers that float16 holds too."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).half().float()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(0, 8), (1, 8), (9, 64), (17, 256), (33, 384), (5, 768), (3, 1032), (2, 2048)])
+def test_layer_norm(shape, dtype):
+    inputs = {"x": 3 * draw(*shape) + 1, "weight": draw(shape[1], seed=1), "bias": draw(shape[1], seed=2)}
+
+    def run(backend, x, weight, bias, residual=None):
+        return ops.layer_norm(x, residual, weight, bias, 1e-5, backend=backend)
+
+    assert_accurate(run, inputs, backend="gpu", dtype=dtype)
+    assert_accurate(run, inputs | {"residual": draw(*shape, seed=3)}, backend="gpu", dtype=dtype)
+
+
+def test_layer_norm_sums_over_more_rows_than_programs_take_at_once(monkeypatch):
+    monkeypatch.setattr(norms, "MOST_PROGRAMS", 3)
+    inputs = {"x": draw(60, 384), "residual": draw(60, 384, seed=1), "weight": draw(384), "bias": draw(384)}
+    run = lambda backend, x, residual, weight, bias: ops.layer_norm(x, residual, weight, bias, 1e-5, backend=backend)  # noqa: E731
+    assert_accurate(run, inputs, backend="gpu")
+
+
+def test_weights_in_float32_beside_hidden_states_in_half():
+    x, residual = draw(9, 64).half().requires_grad_(), draw(9, 64, seed=1).half().requires_grad_()
+    weight, bias = draw(64, seed=2).requires_grad_(), draw(64, seed=3).requires_grad_()
+    upstream = draw(9, 64, seed=4).half()
+    results = []
+    for name in ("gpu", "reference"):
+        normal = ops.layer_norm(x, residual, weight, bias, 1e-5, backend=name)
+        out = ops.bias_gelu(normal, bias, backend=name)
+        assert normal.dtype == out.dtype == torch.half
+        gradients = torch.autograd.grad(out, (x, residual, weight, bias), upstream)
+        assert [one.dtype for one in gradients] == [torch.half] * 2 + [torch.float32] * 2
+        results.append((out, *gradients))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [8, 128, 384, 768])
+def test_embedding_norm(columns, dtype):
+    generator = torch.Generator().manual_seed(0)
+    ids = tuple(torch.randint(rows, (37,), generator=generator) for rows in (50, 2, 40))
+    names = "words", "types", "places", "weight", "bias"
+    shapes = (50, columns), (2, columns), (40, columns), (columns,), (columns,)
+    inputs = {name: draw(*shape, seed=seed) for seed, (name, shape) in enumerate(zip(names, shapes, strict=True))}
+    padding = int(ids[0][3]), int(ids[2][5])
+
+    def run(backend, words, types, places, weight, bias):
+        tables = words, types, places
+        return ops.embedding_norm(ids, tables, weight, bias, 1e-5, padding=padding, backend=backend)
+
+    assert_accurate(run, inputs, backend="gpu", dtype=dtype)
+    leaves = {name: value.clone().requires_grad_() for name, value in inputs.items()}
+    run("gpu", **leaves).square().sum().backward()
+    assert not leaves["words"].grad[padding[0]].any() and not leaves["places"].grad[padding[1]].any()
+    unused = torch.ones(50, dtype=torch.bool)
+    unused[ids[0]] = False
+    assert not leaves["words"].grad[unused].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tanh_form", [False, True])
+@pytest.mark.parametrize("shape", [(0, 8), (1, 8), (9, 264), (33, 1536)])
+def test_bias_gelu(shape, tanh_form, dtype):
+    inputs = {"x": 2 * draw(*shape), "bias": draw(shape[1], seed=1)}
+    run = lambda backend, x, bias: ops.bias_gelu(x, bias, tanh_form=tanh_form, backend=backend)  # noqa: E731
+    assert_accurate(run, inputs, backend="gpu", dtype=dtype)
+
+
+@pytest.mark.parametrize("tanh_form", [False, True])
+def test_gelu_of_every_size_of_number(tanh_form):
+    x = torch.tensor([[-math.inf, -1e30, -88.0, -9.0, 0.0, 9.0, 88.0, 1e30, math.inf, math.nan, 1, -1, 2, -2, 3, -3]])
+    x.requires_grad_()
+    out = ops.bias_gelu(x, torch.zeros(16), tanh_form=tanh_form, backend="gpu")
+    (gradient,) = torch.autograd.grad(out, x, torch.ones_like(out))
+    assert out[0, 9].isnan() and gradient[0, 9].isnan()
+    out, gradient = out[0].tolist(), gradient[0].tolist()
+    assert out[:5] == pytest.approx([0] * 5, abs=1e-15) and out[5:9] == pytest.approx([9, 88, 1e30, math.inf])
+    assert gradient[:4] == pytest.approx([0] * 4, abs=1e-14) and gradient[4:9] == pytest.approx([0.5, 1, 1, 1, 1])
+
+
+def test_rows_that_are_not_aligned_are_copied():
+    wide = draw(6, 65)[:, 1:]
+    weight, bias = draw(65)[1:], draw(66)[2:]
+    expected = ops.layer_norm(wide.contiguous(), None, weight, bias, 1e-5, backend="reference")
+    out = ops.layer_norm(wide, wide[:6], weight, bias, 1e-5, backend="gpu")
+    torch.testing.assert_close(ops.layer_norm(wide, None, weight, bias, 1e-5, backend="gpu"), expected)
+    torch.testing.assert_close(out, ops.layer_norm(2 * wide, None, weight, bias, 1e-5, backend="reference"))
+
+
+def test_sizes_without_a_kernel_are_refused():
+    for columns in (12, 2056):
+        x, w = torch.zeros(2, columns), torch.zeros(columns)
+        with pytest.raises(backend.BackendRefused, match=f"up to 2048, not of {columns}"):
+            ops.layer_norm(x, None, w, w, 1e-5, backend="gpu")
+    with pytest.raises(backend.BackendRefused, match="multiple of 8 numbers, not of 12"):
+        ops.bias_gelu(torch.zeros(2, 12), torch.zeros(12), backend="gpu")
+
+
+def scores_and_gradients(model: CrossEncoder, batch, dtype: torch.dtype, name: str) -> dict[str, torch.Tensor]:
+    os.environ["FASTRANK_BACKEND"] = name
+    try:
+        if dtype == torch.float64:
+            model.double()
+        else:
+            model.float().to_precision(dtype, hidden_states=dtype)
+        model.zero_grad()
+        with poisoned_memory():
+            scores = model.score(batch)
+            (scores * torch.linspace(-1, 1, len(scores))).sum().backward()
+    finally:
+        del os.environ["FASTRANK_BACKEND"]
+    gradients = {name: parameter.grad.double().clone() for name, parameter in model.named_parameters()}
+    return {"scores": scores.detach().double()} | gradients
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_whole_model(dtype):
+    """Scores and the gradient of every weight, against float64: no further off than the reference in this dtype."""
+    config = {
+        "model_type": "bert",
+        "vocab_size": 100,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 128,
+        "max_position_embeddings": 160,
+        "num_labels": 1,
+    }
+    model = CrossEncoder(config, dropout=0.0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(draw(*parameter.shape, seed=int(torch.randint(1000, (), generator=generator))) / 8)
+    rng = np.random.default_rng(0)
+    sizes = (5, 40), (130, 1, 33)
+    batch = pack_lists([[(rng.integers(1, 100, n), rng.integers(0, 2, n)) for n in one] for one in sizes])
+    exact = scores_and_gradients(model, batch, torch.float64, "reference")
+    rounded = scores_and_gradients(model, batch, dtype, "reference")
+    actual = scores_and_gradients(model, batch, dtype, "gpu")
+    for name, truth in exact.items():
+        size = truth.norm()
+        allowed = 2 * (rounded[name] - truth).norm() + 8 * torch.finfo(dtype).eps * size + 1e-6
+        assert (actual[name] - truth).norm() <= allowed, name
