@@ -113,6 +113,7 @@ def train_fold(learn, folder: Path, data: Path, options: argparse.Namespace) -> 
         dropout=0.0,
         freeze_layers=0,
         seed=options.seed,
+        select_by=options.select_by,
         overwrite=True,
         **LIMITS,
     )
@@ -151,6 +152,9 @@ def main() -> None:
     parser.add_argument("--folds", default="5", help="their number, or the track to learn from")
     parser.add_argument("--depth", type=int, help="of the teachers' orders, by BM25's rank; teachers over BM25 alone")
     parser.add_argument("--query_share", type=float, default=1.0, help="of the queries to learn from")
+    parser.add_argument(
+        "--select_by", help="train on the half of the lists that this measure picks: gap, difficulty..."
+    )
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--bi_encoder", action="store_true", help="rank with the base weights' cosines, train nothing")
     parser.add_argument("--plot", type=Path, metavar="LINES", help="what was printed before; draw it and stop")

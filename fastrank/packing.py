@@ -63,7 +63,7 @@ class PackedBatch:
         return len(self.list_offsets) - 1
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        """The same batch on a device; from pinned or pageable memory, without waiting for a GPU."""
+        """The same batch on a device, without waiting for a GPU."""
         tensors = (
             self.token_ids,
             self.token_types,
@@ -72,10 +72,18 @@ class PackedBatch:
             self.list_offsets,
         )
         return PackedBatch(
-            *(tensor.to(device, non_blocking=True) for tensor in tensors),
+            *(send(tensor, device) for tensor in tensors),
             max_pair_tokens=self.max_pair_tokens,
             min_pair_tokens=self.min_pair_tokens,
         )
+
+
+def send(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on a device; to a GPU from pinned memory, since a copy from any other would wait for it."""
+    device = torch.device(device)
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def pack_pairs(pairs: Sequence[Pair]) -> PackedBatch:

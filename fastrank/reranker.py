@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "cross-encoder/ms-marco-MiniLM-L6-v2"
 DEFAULT_MAX_BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
+PART_PAIRS = 8192  # that a GPU is given at once: enough for several batches of one length each
 DTYPES = {
     "float32": "float32",
     "fp32": "float32",
@@ -49,7 +50,7 @@ DTYPES = {
     "fp8": "fp8",
     torch.float8_e4m3fn: "fp8",
 }
-AVAILABLE_DTYPES = ("float32", "bf16", "int8")
+AVAILABLE_DTYPES = ("float32", "bf16", "fp16", "int8")
 
 
 class Reranker:
@@ -58,8 +59,9 @@ class Reranker:
     Arguments:
         model: a local folder, a name on the Hugging Face hub, or "demo" for the checkpoint that the demo trained.
         device: "cpu", "cuda", "cuda:1" ...; default: a GPU where torch finds one.
-        dtype: "float32", "bf16" or "int8" (of the matrix products; everything else is float32); "auto" is float32 on a
-            CPU and bf16 on a GPU. int8 runs on a CPU: weights are quantised here, activations as they come, both with a
+        dtype: "float32", "bf16", "fp16" (on a GPU) or "int8" (on a CPU): what matrix products are computed in, and on a
+            GPU what lies between them; sums, weights and the head are float32. "auto" is float32 on a CPU and bf16 on a
+            GPU. int8 runs on a CPU: weights are quantised here, activations as they come, both with a
             scale for 64 neighbours, without calibration.
         max_length: tokens of a pair, special tokens included; default: what tokenizer and model allow.
         max_query_tokens, max_document_tokens: cut each side first; default: no such cut.
@@ -258,18 +260,13 @@ class Reranker:
 
     def _score(self, queries: list[str], documents: list[list[str]], name: Callable[[int, int], str]) -> np.ndarray:
         """Raw scores of every query with its documents, float32, one list after the other."""
-        with _cpu_threads(self.num_threads):
-            query_ids = dict(zip(unique := list(dict.fromkeys(queries)), self.tokenizer.encode(unique), strict=True))
-            unique = list(dict.fromkeys(text for texts in documents for text in texts))
-            enough = self.tokenizer.enough_tokens(max(map(len, query_ids.values()), default=0))
-            document_ids = dict(zip(unique, self.tokenizer.encode(unique, enough=enough), strict=True))
-        pairs = [
-            self.tokenizer.pair(query_ids[query], document_ids[text])
-            for query, texts in zip(queries, documents, strict=True)
-            for text in texts
-        ]
-        self._warn_of_truncation()
-        scores = self.score_pairs(pairs)
+        started = []
+        for part in self._parts(documents):
+            pairs = self._encode(queries[part.start : part.stop], documents[part.start : part.stop])
+            self._warn_of_truncation()
+            # A GPU scores this part while the next one is tokenized.
+            started.append(self._start(pairs))
+        scores = np.concatenate([self._finish(*one) for one in started])
         if np.isnan(scores).any():
             position = int(np.flatnonzero(np.isnan(scores))[0])
             places = [(i, j) for i, texts in enumerate(documents) for j in range(len(texts))]
@@ -280,8 +277,37 @@ class Reranker:
             )
         return scores
 
+    def _parts(self, documents: list[list[str]]) -> list[range]:
+        """Whole lists that are tokenized at once: all of them on a CPU, at least PART_PAIRS pairs on a GPU."""
+        if self.device.type == "cpu":
+            return [range(len(documents))]
+        parts, start, size = [], 0, 0
+        for i, texts in enumerate(documents):
+            size += len(texts)
+            if size >= PART_PAIRS:
+                parts.append(range(start, i + 1))
+                start, size = i + 1, 0
+        return [*parts, range(start, len(documents))]
+
+    def _encode(self, queries: list[str], documents: list[list[str]]) -> list[Pair]:
+        with _cpu_threads(self.num_threads):
+            query_ids = dict(zip(unique := list(dict.fromkeys(queries)), self.tokenizer.encode(unique), strict=True))
+            unique = list(dict.fromkeys(text for texts in documents for text in texts))
+            enough = self.tokenizer.enough_tokens(max(map(len, query_ids.values()), default=0))
+            document_ids = dict(zip(unique, self.tokenizer.encode(unique, enough=enough), strict=True))
+        return [
+            self.tokenizer.pair(query_ids[query], document_ids[text])
+            for query, texts in zip(queries, documents, strict=True)
+            for text in texts
+        ]
+
     def score_pairs(self, pairs: Sequence[Pair]) -> np.ndarray:
         """Raw scores of pairs of token ids and token types, as PairTokenizer.pair gives them: float32 (pairs,)."""
+        return self._finish(*self._start(pairs))
+
+    def _start(self, pairs: Sequence[Pair]) -> tuple[np.ndarray, list[np.ndarray], list[torch.Tensor]]:
+        """Begins to score pairs: which of the distinct ones each is, how these are batched, and their scores, for which
+        a GPU has not been waited for."""
         # Equal pairs must tie, and rows of one matrix product may round differently: each is scored once.
         places: dict[tuple[bytes, bytes], int] = {}
         place = np.array(
@@ -292,8 +318,13 @@ class Reranker:
         plan = plan_batches([len(ids) for ids, _ in distinct], 1 if self.deterministic else self.max_batch_tokens)
         with torch.inference_mode(), _cpu_threads(self.num_threads):
             parts = [self.model.score(pack_pairs([distinct[i] for i in batch]).to(self.device)) for batch in plan]
-            scores = restore_order(plan, [part.cpu().numpy() for part in parts])
-        return scores[place]
+        return place, plan, parts
+
+    @staticmethod
+    def _finish(place: np.ndarray, plan: list[np.ndarray], parts: list[torch.Tensor]) -> np.ndarray:
+        sizes = [len(part) for part in parts]
+        scores = torch.cat(parts).cpu().split(sizes) if parts else []
+        return restore_order(plan, [part.numpy() for part in scores])[place]
 
     def _warn_of_truncation(self) -> None:
         if self._has_warned or not self.num_truncated:
@@ -504,7 +535,9 @@ def _find_dtype(dtype: str | torch.dtype, device: torch.device) -> str:
     if name not in AVAILABLE_DTYPES:
         raise ValueError(f"dtype {name} is not available yet; available are auto, {', '.join(AVAILABLE_DTYPES)}.")
     if name == "int8" and device.type != "cpu":
-        raise ValueError(f"dtype int8 runs on a CPU, not on {device}; choose auto, float32 or bf16 there.")
+        raise ValueError(f"dtype int8 runs on a CPU, not on {device}; choose auto, float32, bf16 or fp16 there.")
+    if name == "fp16" and device.type == "cpu":
+        raise ValueError("dtype fp16 runs on a GPU, not on a CPU; choose auto, float32, bf16 or int8 there.")
     return name
 
 

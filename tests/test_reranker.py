@@ -444,9 +444,12 @@ def test_precisions(tiny, reranker):
         assert np.abs(quantised - alone).max() < 1e-5, "a row is quantised by itself"
     with pytest.raises(ValueError, match="int8 runs on a CPU, not on cuda:1"):
         _find_dtype("int8", torch.device("cuda:1"))
-    for name in ("fp8", "fp16", "float16", torch.float16):
-        with pytest.raises(ValueError, match="is not available yet; available are auto, float32, bf16, int8"):
+    for name in ("fp16", "float16", torch.float16):
+        with pytest.raises(ValueError, match="fp16 runs on a GPU, not on a CPU"):
             Reranker(tiny, dtype=name)
+        assert _find_dtype(name, torch.device("cuda:1")) == "fp16"
+    with pytest.raises(ValueError, match="fp8 is not available yet; available are auto, float32, bf16, fp16, int8"):
+        Reranker(tiny, dtype="fp8")
     with pytest.raises(ValueError, match="dtype 'float8' is unknown"):
         Reranker(tiny, dtype="float8")
 

@@ -97,7 +97,7 @@ def test_steps_equal_a_plain_padded_loop(checkpoint, tmp_path):
         [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}], lr=1e-3
     )
     for number in range(3):
-        mine = trainer.step(lists, number)
+        mine = float(trainer.step(lists, number))
         losses = []
         for one in lists:
             batch = tokenizer(
@@ -138,7 +138,7 @@ def test_max_batch_tokens_never_changes_the_gradient(checkpoint, tmp_path, loss,
             checkpoint, tmp_path, loss=loss, dropout=0.0, max_batch_tokens=max_batch_tokens, max_grad_norm=0
         )
         trainer = Trainer(config)
-        value = trainer.step(lists, 0)
+        value = float(trainer.step(lists, 0))
         gradients.append((value, {name: p.grad.clone() for name, p in trainer.model.named_parameters()}))
     (whole_value, whole), (cut_value, cut) = gradients
     assert cut_value == pytest.approx(whole_value, rel=1e-5)
@@ -213,7 +213,7 @@ def test_bf16_products_follow_the_weights(checkpoint, tmp_path):
     losses = []
     for budget in (8192, 40):
         trainer = Trainer(make_config(checkpoint, tmp_path, precision="bf16", dropout=0.0, max_batch_tokens=budget))
-        losses.append([trainer.step(lists, number) for number in range(4)])
+        losses.append([float(trainer.step(lists, number)) for number in range(4)])
     assert losses[0] == pytest.approx(losses[1], abs=0.02) and losses[0][0] - losses[0][-1] > 0.05
 
 
@@ -231,7 +231,7 @@ def test_a_weighted_sum_of_losses(checkpoint, tmp_path):
                 loss_options={"mse": {"temperature": 2}}, max_batch_tokens=budget,
             )
         )  # fmt: skip
-        assert trainer.step(lists, 0) == pytest.approx(float(expected), abs=1e-5)
+        assert float(trainer.step(lists, 0)) == pytest.approx(float(expected), abs=1e-5)
     with pytest.raises(ValueError, match="did you mean 'ranknet'"):
         Trainer(make_config(checkpoint, tmp_path, loss={"rank_net": 1}))
 
@@ -240,7 +240,7 @@ def test_labels_are_told_apart_beyond_float32(checkpoint, tmp_path):
     one = RankingList("zip", ["a", "b", "c"], [2**24, 2**24 + 1, 2**24 + 2])
     trainer = Trainer(make_config(checkpoint, tmp_path, dropout=0.0))
     scores = torch.from_numpy(trainer.scores([one])[0])
-    assert trainer.step([one], 0) == pytest.approx(
+    assert float(trainer.step([one], 0)) == pytest.approx(
         float(LOSSES["ranknet"](scores, torch.arange(3), torch.tensor([0, 3]))), abs=1e-6
     )
 
@@ -452,7 +452,7 @@ def test_a_broken_state_says_so(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("key", "value", "sentence"),
     [
-        ("precision", "int4", "precision='int4': training knows float32"),
+        ("precision", "int4", "precision='int4': training knows auto, float32"),
         ("lr_scheduler_type", "step", "choose one of linear"),
         ("per_device_train_batch_size", 0, "must be at least 1"),
         ("learning_rate", -1.0, "must not be negative"),

@@ -23,7 +23,7 @@ __all__ = ["TrainConfig", "read_yaml", "recipe_names", "resolve_recipe"]
 
 SELECTIONS = ("gap", "difficulty", "energy")
 SCHEDULES = ("linear", "constant", "cosine")
-PRECISIONS = {"float32": "float32", "fp32": "float32", "bf16": "bf16", "bfloat16": "bf16"}
+PRECISIONS = {"auto": "auto", "float32": "float32", "fp32": "float32", "bf16": "bf16", "bfloat16": "bf16"}
 # Keys that may change between a run and its resumption: none of them changes a weight.
 RESUMABLE = ("resume", "overwrite", "dry_run", "save_steps", "logging_steps", "num_threads", "output_dir")
 
@@ -56,14 +56,15 @@ class TrainConfig:
         max_steps: Optimizer steps; 0 or -1: num_train_epochs decides.
         per_device_train_batch_size: Lists (queries) a step.
         gradient_accumulation_steps: Multiplies the lists of a step; the loss is normalised over all of them at once.
-        max_batch_tokens: Tokens of one forward and backward pass. Cuts a step for memory and never changes its gradient
-            (dropout's masks apart).
+        max_batch_tokens: Tokens of one forward and backward pass; default: 8,192 on a CPU, 32,768 on a GPU. Cuts a step
+            for memory and never changes its gradient (dropout's masks apart).
         max_length: Tokens of a pair, special tokens included; default: what model and tokenizer allow.
         max_query_tokens: Query tokens kept, before the pair is truncated.
         max_document_tokens: Document tokens kept, before the pair is truncated.
         dropout: Overrides the model's hidden dropout.
         freeze_layers: Embeddings and the first N layers keep their weights; -1 freezes nothing, 0 the embeddings alone.
-        precision: float32, or bf16 for bf16 matrix products around float32 kernels and weights.
+        precision: float32, or bf16 for matrix products (and on a GPU hidden states and kernels) in bf16 around float32
+            weights; auto: bf16 on a GPU, float32 on a CPU.
         device: cpu, cuda, or auto.
         select_by: Train only on the lists from which the model that the run starts from can learn most: gap (it
             orders them unlike the labels), difficulty (the query's text helps it little) or energy (they are unlike
@@ -98,13 +99,13 @@ class TrainConfig:
     max_steps: int = 0
     per_device_train_batch_size: int = 32
     gradient_accumulation_steps: int = 1
-    max_batch_tokens: int = 8192
+    max_batch_tokens: int | None = None
     max_length: int | None = None
     max_query_tokens: int | None = None
     max_document_tokens: int | None = None
     dropout: float | None = None
     freeze_layers: int = -1
-    precision: str = "float32"
+    precision: str = "auto"
     device: str = "auto"
     select_by: str | None = None
     select_share: float = 0.5

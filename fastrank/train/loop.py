@@ -103,6 +103,7 @@ def _run(
         report.record({"step": 0, "ndcg_at_10": evaluation.ndcg_at_10(trainer.scores(evaluation.lists))})
     trainer.num_lists_without_terms = progress.lists_without_terms
     writes = trainer.processes.is_first
+    waiting: list[torch.Tensor] = []  # losses that are not read yet: reading the last step's would wait for a GPU
     while progress.step < num_steps:
         started = time.perf_counter()
         lists = feed.step(progress.step)
@@ -110,11 +111,16 @@ def _run(
         loss = trainer.step(lists, progress.step, rate_factor=factor)
         progress.step += 1
         progress.lists_without_terms = trainer.num_lists_without_terms
-        progress.add(loss, pairs=sum(len(one.documents) for one in lists), seconds=time.perf_counter() - started)
         last = progress.step == num_steps
         record: dict = {"step": progress.step}
         measures = evaluation and (last or progress.step % eval_steps == 0)
-        if last or measures or progress.step % config.logging_steps == 0:
+        logs = last or measures or progress.step % config.logging_steps == 0
+        saves = last or progress.step % save_steps == 0
+        waiting.append(loss)
+        known = [float(waiting.pop(0)) for _ in range(len(waiting) - (0 if logs or saves else 1))]
+        pairs = sum(len(one.documents) for one in lists)
+        progress.add(known, pairs=pairs, seconds=time.perf_counter() - started)
+        if logs:
             record |= progress.take_means()
             record["learning_rate"] = config.learning_rate * factor
             if not math.isfinite(record["loss"]):
@@ -122,7 +128,8 @@ def _run(
                     f"The loss is {record['loss']} in the steps up to {progress.step}: lower the learning rate, or "
                     "look for labels that are not finite."
                 )
-        report.advance(progress.step, loss)
+        if known:
+            report.advance(progress.step, known[-1])
         if measures:
             record["ndcg_at_10"] = measure = evaluation.ndcg_at_10(trainer.scores(evaluation.lists))
             if progress.best_measure is None or measure > progress.best_measure:
@@ -133,7 +140,7 @@ def _run(
             save_model(folder, trainer.model, trainer.tokenizer)
         if len(record) > 1:
             report.record(record)
-        if writes and (last or progress.step % save_steps == 0) and math.isfinite(progress.loss_sum):
+        if writes and saves and math.isfinite(progress.loss_sum):
             save_state(folder, trainer.model, trainer.optimizer, progress)
     if trainer.num_lists_without_terms:
         count = trainer.num_lists_without_terms
@@ -172,7 +179,7 @@ def _announce(report: Report, trainer: Trainer, feed: Feed, num_steps: int, prog
     config = trainer.config
     report.line(
         f"{config.lists_per_step} lists a step, {num_steps} steps; loss {config.loss}; {_device(trainer)}, "
-        f"{torch.get_num_threads()} threads, {config.precision}"
+        f"{torch.get_num_threads()} threads, {trainer.precision}"
     )
     report.line(feed.summary)
     if trainer.model.initialised:
@@ -198,7 +205,7 @@ def _print_plan(config: TrainConfig, feed: Feed, num_steps: int) -> None:
     timed, seconds = trainer.time_a_pass(lists)
     hours = tokens * num_steps * seconds / timed / 3600
     print(
-        f"here ({trainer.device}, {config.precision}) about {hours:.2g} hours, by one pass of {timed} tokens in "
+        f"here ({trainer.device}, {trainer.precision}) about {hours:.2g} hours, by one pass of {timed} tokens in "
         f"{seconds:.2f} s, and {trainer.peak_memory() / 2**30:.1f} GiB of memory"
     )
 

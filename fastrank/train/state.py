@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -35,8 +36,10 @@ class Progress:
     second_sum: float = 0.0
     step_sum: int = 0
 
-    def add(self, loss: float, *, pairs: int, seconds: float) -> None:
-        self.loss_sum += loss
+    def add(self, losses: Sequence[float], *, pairs: int, seconds: float) -> None:
+        """One more step, and the losses that have become known since the last one."""
+        for loss in losses:
+            self.loss_sum += loss
         self.pair_sum += pairs
         self.second_sum += seconds
         self.step_sum += 1

@@ -20,13 +20,15 @@ from torch import Tensor
 from fastrank.data import RankingList
 from fastrank.losses import Loss, WeightedSum, count_terms, resolve_loss
 from fastrank.model import CrossEncoder
-from fastrank.packing import Pair, pack_lists, plan_chunks
+from fastrank.packing import Pair, pack_lists, plan_chunks, send
 from fastrank.reranker import Reranker, find_device, load_parts
 
 from .config import TrainConfig
 from .processes import Processes
 
 __all__ = ["Trainer"]
+
+DEFAULT_MAX_BATCH_TOKENS = {"cpu": 8192, "cuda": 32768}
 
 
 class Trainer:
@@ -60,12 +62,15 @@ class Trainer:
             dropout=config.dropout,
         )
         self.model = model.to(self.device)
-        if config.precision != "float32":
-            self.model.to_precision(config.precision)
+        on_gpu = self.device.type == "cuda"
+        self.precision = {"auto": "bf16" if on_gpu else "float32"}.get(config.precision, config.precision)
+        if self.precision != "float32":
+            self.model.to_precision(self.precision)
+        self.max_batch_tokens = config.max_batch_tokens or DEFAULT_MAX_BATCH_TOKENS[self.device.type]
         _freeze(self.model, config.freeze_layers)
         self.optimizer = self._make_optimizer()
         self.num_lists_without_terms = 0
-        self._reranker = Reranker.from_parts(self.model, self.tokenizer, max_batch_tokens=config.max_batch_tokens)
+        self._reranker = Reranker.from_parts(self.model, self.tokenizer, max_batch_tokens=self.max_batch_tokens)
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         config = self.config
@@ -90,8 +95,8 @@ class Trainer:
             fused=True,
         )
 
-    def step(self, lists: Sequence[RankingList], number: int, *, rate_factor: float = 1.0) -> float:
-        """One optimizer step over labelled lists; returns its loss.
+    def step(self, lists: Sequence[RankingList], number: int, *, rate_factor: float = 1.0) -> Tensor:
+        """One optimizer step over labelled lists; returns its loss, one number on the device. Nothing waits for a GPU.
 
         Args:
             lists: The step's lists, of any length each.
@@ -123,14 +128,14 @@ class Trainer:
         if self.config.max_grad_norm > 0:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         self.optimizer.step()
-        return float(loss)
+        return loss
 
     def _backward(
         self, lists, encoded: list[list[Pair]], labels: list[Tensor], num_terms: int | None, number: int
     ) -> Tensor:
         """Lists packed as far as memory goes; returns their part of the loss."""
         sizes = [sum(len(ids) for ids, _ in one) for one in encoded]
-        budget = self.config.max_batch_tokens
+        budget = self.max_batch_tokens
         loss, num_passes = torch.zeros((), device=self.device), 0
         for chunk in plan_chunks(sizes, budget) if num_terms is not None else [range(len(lists))]:
             part = [[values[i] for i in chunk] for values in (lists, encoded, labels)]
@@ -146,7 +151,7 @@ class Trainer:
         return loss
 
     def _loss(self, scores: Tensor, labels: list[Tensor], num_terms: int | None) -> Tensor:
-        arguments = (scores, torch.cat(labels).to(self.device), _offsets(labels).to(self.device))
+        arguments = scores, *(send(one, self.device) for one in (torch.cat(labels), _offsets(labels)))
         if num_terms is None:
             return self.loss(*arguments, **self.loss_options)
         return self.loss(*arguments, reduction="sum", **self.loss_options) / num_terms
@@ -181,7 +186,7 @@ class Trainer:
     def _passes(self, encoded: list[list[Pair]]) -> list[list[Pair]]:
         """The pairs of all lists, cut for memory."""
         pairs = [pair for one in encoded for pair in one]
-        parts = plan_chunks([len(ids) for ids, _ in pairs], self.config.max_batch_tokens)
+        parts = plan_chunks([len(ids) for ids, _ in pairs], self.max_batch_tokens)
         return [[pairs[i] for i in part] for part in parts]
 
     def _score_passes(self, lists, passes: list[list[Pair]], number: int, first: int) -> Tensor:
@@ -218,7 +223,7 @@ class Trainer:
     def time_a_pass(self, lists: Sequence[RankingList]) -> tuple[int, float]:
         """Tokens and seconds of one forward and backward pass over the first pairs that max_batch_tokens allows."""
         pairs = [pair for one in self.tokenize(lists) for pair in one]
-        first = next(iter(plan_chunks([len(ids) for ids, _ in pairs], self.config.max_batch_tokens)))
+        first = next(iter(plan_chunks([len(ids) for ids, _ in pairs], self.max_batch_tokens)))
         self.model.train()
         for _ in range(2):  # the first one makes what is made once
             started = time.perf_counter()
