@@ -3,7 +3,7 @@
 import platform
 from pathlib import Path
 
-from pybind11.setup_helpers import Pybind11Extension
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
@@ -29,6 +29,9 @@ HEADERS = sorted(str(path) for path in Path("csrc").glob("*.hpp"))
 # -fno-math-errno lets sqrt vectorise; -Wno-psabi: vector arguments never cross a compiled boundary. NaN and infinity
 # keep their meaning, hence no -ffast-math.
 FLAGS = "-O3 -std=c++17 -fopenmp -fno-math-errno -fno-trapping-math -fvisibility=hidden -Wall -Wno-psabi".split()
+
+
+ParallelCompile(default=0).install()  # as many files at once as there are processors
 
 
 class BuildKernels(build_ext):

@@ -132,6 +132,25 @@ class Comparison:
         )
 
 
+def graphed(run: Callable[[], object]) -> Callable[[], object]:
+    """The GPU's work of a run alone, replayed from a CUDA graph: what is left when no host has to launch it."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run()
+
+    def replay() -> object:
+        graph.replay()
+        return result
+
+    return replay
+
+
 def _peak_extra_bytes(run: Callable[[], object], device: str) -> int | None:
     """On a CPU the resident memory's high-water mark, which Linux lets a process reset; None where it does not."""
     gc.collect()

@@ -53,14 +53,19 @@ def before_a_wall(tensor: Tensor) -> Tensor:
 
 
 def outputs_and_gradients(
-    run: Callable[..., Outputs], inputs: Mapping[str, Tensor | None], dtype: torch.dtype, seed: int = 0
+    run: Callable[..., Outputs],
+    inputs: Mapping[str, Tensor | None],
+    dtype: torch.dtype,
+    seed: int = 0,
+    device: str = "cpu",
 ) -> dict[str, Tensor]:
     """The outputs of run(**inputs) in `dtype` and the gradient of every floating input, for a random upstream gradient.
 
-    The inputs lie before a wall, so that reading past the end of one does not go unseen.
+    On a CPU the inputs lie before a wall, so that reading past the end of one does not go unseen.
     """
+    place = before_a_wall if device == "cpu" else lambda tensor: tensor.to(device, copy=True)
     leaves = {
-        name: before_a_wall(value.detach().to(dtype)).requires_grad_()
+        name: place(value.detach().to(dtype)).requires_grad_()
         for name, value in inputs.items()
         if value is not None and value.is_floating_point()
     }
@@ -95,6 +100,7 @@ def assert_accurate(
     backend: str,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    device: str = "cpu",
 ) -> None:
     """Holds `backend` to the rule.
 
@@ -102,10 +108,12 @@ def assert_accurate(
     tensors are cast to float64 or `dtype` and differentiated, everything else is passed on as it is. Their values
     should be exact in `dtype`.
     """
-    exact = outputs_and_gradients(lambda **given: run(backend="reference", **given), inputs, torch.float64, seed)
-    rounded = outputs_and_gradients(lambda **given: run(backend="reference", **given), inputs, dtype, seed)
+    exact = outputs_and_gradients(
+        lambda **given: run(backend="reference", **given), inputs, torch.float64, seed, device
+    )
+    rounded = outputs_and_gradients(lambda **given: run(backend="reference", **given), inputs, dtype, seed, device)
     with poisoned_memory():
-        actual = outputs_and_gradients(lambda **given: run(backend=backend, **given), inputs, dtype, seed)
+        actual = outputs_and_gradients(lambda **given: run(backend=backend, **given), inputs, dtype, seed, device)
     hold_to_the_rule(exact, rounded, actual, backend=backend, dtype=dtype)
 
 

@@ -6,6 +6,7 @@ the ahead-of-time gate compiles from a table (tests/ahead_of_time.py) is what a 
 launched.
 """
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Collection, Mapping
@@ -93,5 +94,9 @@ class Table(dict[str, Configuration]):
                 raise TypeError(f"{name}: {parameter} must be {expected}, not {given}.")
             if parameter in configuration.aligned and argument.data_ptr() % ALIGNMENT:
                 raise ValueError(f"{name}: {parameter} must begin at a multiple of {ALIGNMENT} bytes.")
-        if num_programs:
+        if not num_programs:
+            return
+        device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
+        # Triton launches on the current device, which need not be the tensors'.
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             configuration.kernel[(num_programs,)](*arguments, **configuration.constants, **configuration.options)

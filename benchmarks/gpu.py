@@ -1,0 +1,92 @@
+"""Everything that waits for a GPU, in parts of a few minutes each: is it right, and how fast is it beside its peers.
+
+python benchmarks/gpu.py --part correctness|attention|forward|rerank|train|losses|all [--data DIR] [--output DIR]: first
+measures the machine's limits (copy bandwidth, bf16 matrix products), then runs the part and merges what it found into
+OUTPUT/<gpu>-<commit>.json; a short table comes last. DIR holds TREC DL as FASTRANK_DATA/trec-dl does; without it texts
+are made up. --dry_run runs the same code with tiny shapes on the CPU, kernels in Triton's interpreter (correctness) or
+in C++ (the rest), and writes nothing. Needs the package built in place: python setup.py build_ext --inplace.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ("correctness", "attention", "forward", "rerank", "train", "losses")
+
+
+def limits(device: str, dry_run: bool) -> dict[str, float]:
+    """Bytes a second that a copy reads and writes, and floating-point operations a second of bf16 matrix products."""
+    import torch
+    from timing import Comparison, Contender
+
+    size = 2**20 if dry_run else 2**31
+    source, target = (torch.randint(0, 99, (size,), dtype=torch.uint8, device=device) for _ in range(2))
+    found = {}
+    copy = Comparison("copy", "bytes", [Contender("copy", lambda: target.copy_(source), 2 * size)], device=device)
+    found["copy_bytes_per_second"] = copy.measure(5, shortest_round=0 if dry_run else 0.05)["copy"].rate
+    side = 64 if dry_run else 8192
+    a, b = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))
+    product = Comparison("product", "flop", [Contender("product", lambda: a @ b, 2 * side**3)], device=device)
+    found["bf16_flop_per_second"] = product.measure(5, shortest_round=0 if dry_run else 0.05)["product"].rate
+    return found
+
+
+def merge(path: Path, part: str, found: dict) -> None:
+    """Adds a part to the results of this GPU and commit."""
+    known = json.loads(path.read_text()) if path.exists() else {}
+    known[part] = found
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(known, indent=1) + "\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--part", choices=(*PARTS, "all"), required=True)
+    parser.add_argument("--data", type=Path, help="folder of TREC DL's files")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--dry_run", action="store_true", help="tiny shapes on the CPU; writes nothing")
+    options = parser.parse_args()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic sums, while outputs are poisoned
+    if options.dry_run and options.part in ("correctness", "all"):
+        os.environ["TRITON_INTERPRET"] = "1"
+    for folder in (ROOT, ROOT / "tests", ROOT / "benchmarks"):
+        sys.path.insert(0, str(folder))
+    import torch
+    from report import machine, markdown, record
+    from timing import COMPARISONS
+
+    device = "cpu" if options.dry_run else "cuda"
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch finds no GPU here; --dry_run runs on the CPU")
+    facts = machine()
+    gpu = re.sub(r"[^A-Za-z0-9]+", "-", facts["gpu"] or "cpu").strip("-")
+    path = options.output / f"{gpu}-{facts['commit'] or 'unknown'}.json"
+    top = limits(device, options.dry_run)
+    print(", ".join(f"{name} {value:.3g}" for name, value in top.items()), flush=True)
+    failures = 0
+    for part in PARTS if options.part == "all" else (options.part,):
+        COMPARISONS.clear()
+        started = time.perf_counter()
+        module = importlib.import_module(f"gpu_{part}")
+        found = module.run(device=device, limits=top, data=options.data, dry_run=options.dry_run)
+        failures += found.pop("failures", 0)
+        found |= {"limits": top, "seconds": time.perf_counter() - started} | record(COMPARISONS)
+        if not options.dry_run:
+            merge(path, part, found)
+        print(markdown(COMPARISONS) if COMPARISONS else json.dumps(found, indent=1))
+        for line in found.get("lines", []):
+            print(line)
+        print(f"{part}: {found['seconds']:.0f} s", flush=True)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,197 @@
+"""Every Triton kernel against its reference in float64 on the device: fresh random inputs, poisoned outputs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from accuracy import assert_accurate
+from gpu_models import SHAPES, batch_of, make_model
+from listwise_cases import VARIANTS, make, options_of
+from torch import Tensor
+
+from fastrank import ops
+from fastrank.kernels.attention import gpu as attention_kernels
+
+Case = tuple[str, Callable[[], None]]
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def cut(lengths: Tensor, device: str) -> Tensor:
+    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int().to(device)
+
+
+def attention_cases(device: str, dry_run: bool, seed: int) -> Iterator[Case]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    longest, pairs = (140, 4) if dry_run else (600, 40)
+    heads = 1 if dry_run else 3
+    ragged = torch.randint(0, longest, (pairs,), generator=generator)
+    edges = torch.tensor(
+        [1, 33, 128, 129] if dry_run else [1, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 511, 512]
+    )
+    for dtype in (torch.float16,) if dry_run else DTYPES:
+        for head_dim in attention_kernels.HEAD_DIMS[: 1 if dry_run else None]:
+            for name, lengths in (("ragged", ragged), ("edges", edges)):
+                offsets = cut(lengths, device)
+                qkv = draw(int(lengths.sum()), 3, heads, head_dim).to(dtype).float()
+
+                def fused(backend, qkv, offsets=offsets):
+                    return ops.fused_attention(qkv, offsets, backend=backend)
+
+                yield (
+                    f"fused attention, {name}, {dtype}, {head_dim}",
+                    lambda run=fused, qkv=qkv, dtype=dtype: assert_accurate(
+                        run, {"qkv": qkv}, backend="gpu", dtype=dtype, device=device
+                    ),
+                )
+            one = cut(torch.ones(len(edges), dtype=torch.int64), device)
+            offsets = cut(edges, device)
+            given = {
+                name: draw(len(edges) if name == "q" else int(edges.sum()), heads, head_dim).to(dtype).float()
+                for name in "qkv"
+            }
+
+            def first(backend, q, k, v, offsets=offsets, one=one):
+                return ops.attention(q, k, v, offsets, query_offsets=one, backend=backend)
+
+            yield (
+                f"attention of first tokens, {dtype}, {head_dim}",
+                lambda run=first, given=given, dtype=dtype: assert_accurate(
+                    run, given, backend="gpu", dtype=dtype, device=device
+                ),
+            )
+        yield f"a pair alone and in a batch, {dtype}", lambda dtype=dtype: same_in_any_batch(device, dtype, edges)
+
+
+def same_in_any_batch(device: str, dtype: torch.dtype, lengths: Tensor) -> None:
+    """Outputs and gradients of each pair, bit for bit."""
+    offsets = cut(lengths, device)
+    qkv = torch.randn(int(lengths.sum()), 3, 2, 64, device=device).to(dtype)
+    upstream = torch.randn(len(qkv), 2, 64, device=device).to(dtype)
+
+    def of(rows: slice, offsets: Tensor) -> tuple[Tensor, Tensor]:
+        leaf = qkv[rows].clone().requires_grad_()
+        out = ops.fused_attention(leaf, offsets, backend="gpu")
+        return out.detach(), torch.autograd.grad(out, leaf, upstream[rows])[0]
+
+    whole, starts = of(slice(None), offsets), offsets.tolist()
+    for i, length in enumerate(lengths.tolist()):
+        rows = slice(starts[i], starts[i + 1])
+        alone = of(rows, cut(lengths[i : i + 1], device))
+        assert all(torch.equal(one, other[rows]) for one, other in zip(alone, whole, strict=True)), length
+
+
+def epilogue_cases(device: str, dry_run: bool, seed: int) -> Iterator[Case]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).half().float()
+
+    for dtype in (torch.float16,) if dry_run else DTYPES:
+        for rows, columns in ((9, 64),) if dry_run else ((3001, 384), (2000, 768), (1500, 1024), (900, 1544)):
+            given = {"x": draw(rows, columns), "residual": draw(rows, columns)}
+            given |= {"weight": draw(columns), "bias": draw(columns)}
+
+            def norm(backend, x, residual, weight, bias):
+                return ops.layer_norm(x, residual, weight, bias, 1e-5, backend=backend)
+
+            def gelu(backend, x, bias):
+                return ops.bias_gelu(x, bias, backend=backend)
+
+            def tanh_gelu(backend, x, bias):
+                return ops.bias_gelu(x, bias, tanh_form=True, backend=backend)
+
+            ids = tuple(torch.randint(n, (rows,), generator=generator).to(device) for n in (500, 2, 60))
+            tables = {name: draw(n, columns) for name, n in (("words", 500), ("types", 2), ("places", 60))}
+            tables |= {"weight": given["weight"], "bias": given["bias"]}
+
+            def embed(backend, words, types, places, weight, bias, ids=ids):
+                return ops.embedding_norm(
+                    ids, (words, types, places), weight, bias, 1e-5, padding=(0, None), backend=backend
+                )
+
+            narrow = {"x": given["x"], "bias": given["bias"]}
+            for name, run, inputs in (
+                ("layer_norm", norm, given),
+                ("bias_gelu", gelu, narrow),
+                ("bias_gelu, tanh", tanh_gelu, narrow),
+                ("embedding_norm", embed, tables),
+            ):
+                yield (
+                    f"{name}, {rows} x {columns}, {dtype}",
+                    lambda run=run, inputs=inputs, dtype=dtype: assert_accurate(
+                        run, inputs, backend="gpu", dtype=dtype, device=device
+                    ),
+                )
+
+
+def loss_cases(device: str, dry_run: bool, seed: int) -> Iterator[Case]:
+    sizes = (3, 7) if dry_run else (0, 1, 7, 100, 33, 1000)
+    for variant in list(VARIANTS)[: 2 if dry_run else None]:
+        for case in ("three tiers", "tied scores", "right by far"):
+            name, options = options_of(variant)
+            scores, labels, offsets = make(variant, case, sizes, seed=seed % 1000)
+            labels, offsets = labels.to(device), offsets.to(device)
+
+            def loss(backend, scores, name=name, options=options, labels=labels, offsets=offsets):
+                return ops.listwise(name, scores, labels, offsets, options=options, backend=backend)
+
+            yield (
+                f"{variant}, {case}",
+                lambda run=loss, scores=scores: assert_accurate(run, {"scores": scores}, backend="gpu", device=device),
+            )
+
+
+def model_cases(device: str, dry_run: bool, seed: int) -> Iterator[Case]:
+    for shape in ("tiny",) if dry_run else SHAPES:
+        yield (
+            f"{shape}: scores and gradients in half precision",
+            lambda shape=shape: whole_model(shape, device, dry_run),
+        )
+
+
+def whole_model(shape: str, device: str, dry_run: bool) -> None:
+    """Scores and gradients in bf16 against float32 of the same weights: as near as the reference backend's in bf16."""
+    import os
+
+    dtype = torch.float16 if dry_run else torch.bfloat16
+    model = make_model(shape).to(device).train()
+    batch = batch_of([20, 3] if dry_run else [90, 128, 30, 200, 64, 5] * 4, model.settings.vocab_size, device)
+
+    def run(backend: str, precision: torch.dtype) -> dict[str, Tensor]:
+        os.environ["FASTRANK_BACKEND"] = backend
+        try:
+            model.to_precision(precision, hidden_states=precision)
+            model.zero_grad()
+            scores = model.score(batch)
+            (scores * torch.linspace(-1, 1, len(scores), device=device)).sum().backward()
+        finally:
+            del os.environ["FASTRANK_BACKEND"]
+        gradients = {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
+        return {"scores": scores.detach()} | gradients
+
+    exact, rounded, actual = run("reference", torch.float32), run("reference", dtype), run("gpu", dtype)
+    for name, truth in exact.items():
+        allowed = 2 * (rounded[name] - truth).norm() + 0.02 * truth.norm() + 1e-6
+        assert (actual[name] - truth).norm() <= allowed, f"{name}: {(actual[name] - truth).norm()} above {allowed}"
+
+
+def run(*, device: str, limits: dict, data: Path | None, dry_run: bool) -> dict:
+    seed = time.time_ns() % 10**6
+    complaints, count = {}, 0
+    for make_cases in (attention_cases, epilogue_cases, loss_cases, model_cases):
+        for name, check in make_cases(device, dry_run, seed):
+            count += 1
+            try:
+                check()
+            except Exception as error:
+                complaints[name] = f"{type(error).__name__}: {error}"[:600]
+                print(f"WRONG {name}: {complaints[name]}", flush=True)
+    lines = [f"{count} cases, {len(complaints)} wrong, seed {seed}"]
+    return {"cases": count, "wrong": complaints, "seed": seed, "lines": lines, "failures": len(complaints)}

@@ -1,0 +1,113 @@
+"""From token ids to scores, models of the real shapes: pairs a second, and the share of the matrix units' rate that
+goes into real tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from gpu_models import SHAPES, checkpoint, texts, useful_flop
+from timing import Comparison, Contender
+
+from fastrank import Reranker
+from fastrank.packing import pack_pairs, plan_batches
+
+MAX_BATCH_TOKENS = 65536
+MOST_LISTS = 20
+
+
+def run(*, device: str, limits: dict, data: Path | None, dry_run: bool) -> dict:
+    lines = []
+    source, lists = texts(data, dry_run)
+    for shape in ("tiny",) if dry_run else SHAPES:
+        folder = checkpoint(shape, data, dry_run)
+        reranker = Reranker(folder, device=device, max_length=256)
+        some = lists[:MOST_LISTS]
+        pairs = reranker._encode([one.query for one in some], [list(one.documents) for one in some])
+        lengths = np.array([len(ids) for ids, _ in pairs])
+        plan = plan_batches(lengths, MAX_BATCH_TOKENS)
+        batches = [pack_pairs([pairs[i] for i in part]).to(device) for part in plan]
+        padded = [pad(batch, reranker.model.settings.pad_token_id or 0) for batch in batches]
+        exact = reference_scores(folder, [padded[0]], device)
+
+        @torch.inference_mode()
+        def ours(reranker=reranker, batches=batches):
+            return torch.cat([reranker.model.score(batch) for batch in batches])
+
+        def check(scores, exact=exact):
+            apart = float((scores[: len(exact)].float() - exact).abs().max() / exact.std())
+            return None if apart < 0.2 else f"a score is off by {apart:.2g} of their deviation"
+
+        made = [Contender("fastrank", ours, len(pairs), ours=True, check=check)]
+        if not dry_run:
+            made += peers(folder, padded, len(pairs), device, check)
+        title = f"forward, {shape}, {len(pairs)} pairs of {source}, {lengths.mean():.0f} tokens each"
+        comparison = Comparison(title, "pairs", made, [], device)
+        comparison.measure(3 if dry_run else 5)
+        flop = useful_flop(shape, lengths)
+        for one in made:
+            if not one.failure:
+                rate = flop / one.median
+                share = rate / limits["bf16_flop_per_second"]
+                lines.append(f"{title}: {one.name:28s} {rate / 1e12:7.1f} useful TFLOP/s, {share:.0%} of the limit")
+        del reranker, batches, padded, made, comparison
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    return {"lines": lines}
+
+
+def pad(batch, pad_token_id: int) -> dict[str, torch.Tensor]:
+    """The same pairs as transformers takes them."""
+    lengths = batch.pair_offsets.diff()
+    real = torch.arange(batch.max_pair_tokens, device=lengths.device) < lengths[:, None]
+    ids = torch.full(real.shape, pad_token_id, device=lengths.device)
+    types = torch.zeros(real.shape, dtype=torch.int64, device=lengths.device)
+    ids[real], types[real] = batch.token_ids, batch.token_types
+    return {"input_ids": ids, "token_type_ids": types, "attention_mask": real.long()}
+
+
+def load(folder: Path, device: str, dtype: torch.dtype):
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+    return model.eval().to(device)
+
+
+def score(model, batches, size: int) -> torch.Tensor:
+    with torch.inference_mode():
+        parts = []
+        for batch in batches:
+            for start in range(0, len(batch["input_ids"]), size):
+                part = {name: one[start : start + size] for name, one in batch.items()}
+                longest = int(part["attention_mask"].sum(1).max())
+                parts.append(model(**{name: one[:, :longest] for name, one in part.items()}).logits[:, 0])
+        return torch.cat(parts)
+
+
+def reference_scores(folder: Path, batches, device: str) -> torch.Tensor:
+    return score(load(folder, device, torch.float32), [{k: v[:64] for k, v in batches[0].items()}], 64).float()
+
+
+def peers(folder: Path, padded, num_pairs: int, device: str, check) -> list[Contender]:
+    """transformers in bf16, length-sorted, at the best of some batch sizes; as it is and compiled."""
+    model = load(folder, device, torch.bfloat16)
+    timed = {}
+    for size in (64, 256, 1024):
+        score(model, padded, size)
+        trial = Comparison("", "pairs", [Contender("", lambda size=size: score(model, padded, size), 1)], [], device)
+        timed[size] = trial._seconds(trial.contenders[0].run, 1)
+    best = min(timed, key=timed.get)
+    made = [
+        Contender(f"transformers bf16, by {best}", lambda: score(model, padded, best), num_pairs, check=check),
+    ]
+    try:
+        compiled = torch.compile(model, dynamic=True)
+        score(compiled, padded, best)
+        made.append(
+            Contender(f"torch.compile bf16, by {best}", lambda: score(compiled, padded, best), num_pairs, check=check)
+        )
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
+        made.append(Contender("torch.compile bf16", lambda: None, num_pairs, failure=reason))
+    return made

@@ -1,0 +1,122 @@
+"""Training steps beside a padded bf16 loop with SDPA: pairs a second and peak memory at Rank-DistiLLM's two stages, and
+the hours that the whole recipe would take."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from baselines import PaddedTrainer
+from gpu_models import checkpoint, texts
+from timing import Comparison, Contender
+
+from fastrank.train import TrainConfig
+from fastrank.train.trainer import Trainer
+
+# Stage: loss, lists of a step, documents of a list, pairs of the whole stage in the recipe.
+STAGES = {"stage 1": ("lce", 32, 8, 5.12e6), "stage 2": ("ranknet", 16, 100, 3.0e6)}
+MAX_LENGTH = 256
+
+
+class PaddedLoop(PaddedTrainer):
+    """transformers in bf16 autocast on the device, pairs padded in batches of `size`, one update a step."""
+
+    def __init__(self, folder, device: str, loss: str):
+        super().__init__(folder, "bf16", MAX_LENGTH)
+        self.model.to(device)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
+        self.device, self.loss = device, loss
+
+    def step(self, lists, batch_size: int, *, update: bool = True) -> torch.Tensor:
+        places, logits = [], []
+        with torch.autocast(self.device, torch.bfloat16):
+            for rows, batch in self.batches(lists, batch_size):
+                places.append(rows)
+                given = {name: one.to(self.device, non_blocking=True) for name, one in batch.items()}
+                logits.append(self.model(**given).logits[:, 0].float())
+        order = torch.from_numpy(np.argsort(np.concatenate(places))).to(self.device)
+        scores = torch.cat(logits)[order].view(len(lists), -1)
+        labels = torch.tensor(np.array([one.labels for one in lists]), device=self.device)
+        if self.loss == "lce":
+            loss = torch.nn.functional.cross_entropy(scores, labels.argmax(1))
+        else:
+            better = labels[:, :, None] > labels[:, None, :]
+            loss = torch.nn.functional.softplus(scores[:, None, :] - scores[:, :, None])[better].mean()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        if update:
+            self.optimizer.step()
+        return loss.detach()
+
+
+def lists_of(stage: str, lists, dry_run: bool) -> list:
+    loss, count, size, _ = STAGES[stage]
+    count, size = (2, 4) if dry_run else (count, size)
+    made = []
+    for one in itertools.islice(itertools.cycle(lists), count):
+        labels = [float(i == 0) for i in range(size)] if loss == "lce" else [float(-i) for i in range(size)]
+        start = (len(made) // len(lists)) * size % max(1, len(one.documents) - size + 1)
+        made.append(
+            dataclasses.replace(one, documents=one.documents[start : start + size], labels=labels, document_ids=None)
+        )
+    return made
+
+
+def run(*, device: str, limits: dict, data: Path | None, dry_run: bool) -> dict:
+    lines = []
+    for shape in ("tiny",) if dry_run else ("MiniLM-L6", "ELECTRA-base", "XLM-R-large"):
+        hours = 0.0
+        for stage, (_, _, _, num_pairs) in STAGES.items():
+            hours += num_pairs / compare(shape, stage, device, data, dry_run) / 3600
+            if device == "cuda":
+                torch.cuda.empty_cache()
+        lines.append(
+            f"{shape}: both stages of Rank-DistiLLM, 5.12 M and 3.0 M pairs, would take {hours:.2f} hours here"
+        )
+    return {"lines": lines}
+
+
+def compare(shape: str, stage: str, device: str, data: Path | None, dry_run: bool) -> float:
+    """Pairs a second of ours."""
+    source, lists = texts(data, dry_run)
+    folder, loss = checkpoint(shape, data, dry_run), STAGES[stage][0]
+    step_lists = lists_of(stage, lists, dry_run)
+    num_pairs = sum(len(one.documents) for one in step_lists)
+    trainer = Trainer(
+        TrainConfig(
+            model=str(folder),
+            train_data=step_lists,
+            output_dir=tempfile.mkdtemp(),
+            loss=loss,
+            device=device,
+            max_length=MAX_LENGTH,
+            dropout=0.0,
+            per_device_train_batch_size=len(step_lists),
+        )
+    )
+    steps = itertools.count()
+    loop = PaddedLoop(folder, device, loss)
+    expected = float(loop.step(step_lists, 64, update=False))
+
+    def check(value: torch.Tensor) -> str | None:
+        right = abs(float(value) - expected) < 0.05 * abs(expected) + 0.01
+        return None if right else f"loss {float(value):.4f} instead of {expected:.4f}"
+
+    made = [Contender("fastrank", lambda: trainer.step(step_lists, next(steps)), num_pairs, ours=True, check=check)]
+    for size in (8,) if dry_run else (64, 256):
+        step = functools.partial(loop.step, step_lists, size)
+        made.append(Contender(f"padded bf16 loop, by {size}", step, num_pairs, check=check))
+    title = f"training, {stage}, {shape}, {len(step_lists)} lists, {num_pairs} pairs of {source} a step"
+    for one in made[1:]:
+        try:
+            loop.step(step_lists, int(one.name.split()[-1]), update=False)
+        except torch.cuda.OutOfMemoryError as error:
+            one.failure = str(error)[:80]
+    Comparison(title, "pairs", made, [], device).measure(2 if dry_run else 4, memory=not dry_run)
+    return made[0].rate
