@@ -44,7 +44,7 @@ NEEDS = {
 OPTIONAL = ("varlen", "flash_attn")  # other people's kernels, for some operations
 UNTESTED = OPTIONAL  # nobody has run these here so far
 PROBED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_warned: set[str] = set()
+_warned: set[str | tuple[str, str]] = set()
 
 
 class BackendRefused(RuntimeError, ValueError):
@@ -100,19 +100,39 @@ def refusals(op: str, backend: str, tensor: Tensor) -> list[str]:
     return [] if limits is None else limits(tensor)
 
 
+_choices: dict[tuple, ModuleType] = {}
+
+
 def choose(op: str, backend: str, tensor: Tensor) -> ModuleType:
     """The module fastrank.kernels.<op>.<backend> that runs `op` on `tensor`.
 
     backend: a name of BACKENDS, or "auto", which means the environment variable FASTRANK_BACKEND where it is set, else
     the first backend without a refusal. Raises BackendRefused, or ValueError for an unknown name.
     """
+    # A model asks the same hundreds of times a second; kernels refuse devices, dtypes and last dimensions.
+    asked = op, backend, tensor.device.type, tensor.dtype, tensor.shape[-1:], os.environ.get("FASTRANK_BACKEND")
+    asked = *asked, _is_interpreted()
+    if asked not in _choices:
+        found = _find(op, backend, tensor)
+        name = found.__name__.rpartition(".")[2]
+        if backend == "auto" and name in (*UNTESTED, "reference"):
+            return found  # with a warning, which is given once
+        _choices[asked] = found
+    return _choices[asked]
+
+
+def _find(op: str, backend: str, tensor: Tensor) -> ModuleType:
     origin = ""
     if backend == "auto":
         backend = os.environ.get("FASTRANK_BACKEND") or "auto"
         origin = " (from the environment variable FASTRANK_BACKEND)"
+        if backend in OPTIONAL and not _has_file(op, backend):
+            backend = "auto"  # they know attention alone; the rest of a model runs beside them
     if backend == "auto":
         for candidate in BACKENDS[:-1]:
             if tensor.device.type == DEVICE_TYPES[candidate] and not refusals(op, candidate, tensor):
+                if candidate in UNTESTED:
+                    _warn_of_untested(op, candidate, tensor)
                 return _kernel(op, candidate)
         _warn_of_reference(op, tensor)
         return _kernel(op, "reference")
@@ -123,13 +143,21 @@ def choose(op: str, backend: str, tensor: Tensor) -> ModuleType:
     return _kernel(op, backend)
 
 
+def _warn_of_untested(op: str, backend: str, tensor: Tensor) -> None:
+    if (op, backend) in _warned:
+        return
+    _warned.add((op, backend))
+    reason = " ".join(refusals(op, "gpu", tensor))
+    warnings.warn(f"{op} runs by {KINDS[backend]}, which nobody has tested here. {reason}", stacklevel=5)
+
+
 def _warn_of_reference(op: str, tensor: Tensor) -> None:
     if op in _warned:
         return
     _warned.add(op)
     asked = [name for name in BACKENDS[:-1] if name not in OPTIONAL or _has_file(op, name)]
     reasons = " ".join(f"{name}: {' '.join(refusals(op, name, tensor))}" for name in asked)
-    warnings.warn(f"{op} runs in plain PyTorch, which is slow. {reasons}", stacklevel=4)
+    warnings.warn(f"{op} runs in plain PyTorch, which is slow. {reasons}", stacklevel=5)
 
 
 def _name(dtype: torch.dtype) -> str:

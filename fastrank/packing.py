@@ -83,7 +83,7 @@ def send(tensor: Tensor, device: torch.device | str) -> Tensor:
     device = torch.device(device)
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def pack_pairs(pairs: Sequence[Pair]) -> PackedBatch:

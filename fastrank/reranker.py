@@ -308,7 +308,7 @@ class Reranker:
     def _start(self, pairs: Sequence[Pair]) -> tuple[np.ndarray, list[np.ndarray], list[torch.Tensor]]:
         """Begins to score pairs: which of the distinct ones each is, how these are batched, and their scores, for which
         a GPU has not been waited for."""
-        # Equal pairs must tie, and rows of one matrix product may round differently: each is scored once.
+        # Equal pairs must tie, and rows of one matrix product may round differently: each is scored once (in a part).
         places: dict[tuple[bytes, bytes], int] = {}
         place = np.array(
             [places.setdefault((ids.tobytes(), types.tobytes()), len(places)) for ids, types in pairs], int

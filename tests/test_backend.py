@@ -74,6 +74,15 @@ def test_other_peoples_attention_wants_a_cuda_tensor_and_half_precision(monkeypa
     assert "flash-attn is not installed." in backend.refusals("attention", "flash_attn", x)
 
 
+def test_a_backend_for_attention_alone_leaves_the_rest_of_a_model_to_auto(monkeypatch):
+    monkeypatch.setenv("FASTRANK_BACKEND", "varlen")
+    assert chosen("gelu", torch.zeros(5, 8)) == "fastrank.kernels.gelu.cpu"
+    with pytest.raises(backend.BackendRefused, match=r"'varlen' \(from the environment variable"):
+        chosen("attention", torch.zeros(5, 2, 32))
+    with pytest.raises(backend.BackendRefused, match=r"no torch\.nn\.attention\.varlen kernel for gelu"):
+        chosen("gelu", torch.zeros(5, 8), "varlen")
+
+
 def _without(find_spec, missing: str):
     return lambda name, *package: None if name == missing else find_spec(name, *package)
 

@@ -12,6 +12,8 @@ from hub_models import CLASSES, make_checkpoint, padded_logits, random_pairs
 from transformers import AutoTokenizer, BertForSequenceClassification
 
 from fastrank.checkpoint import load_model
+from fastrank.model import CrossEncoder
+from fastrank.model.linear import Linear
 from fastrank.model.weights import hub_names
 from fastrank.packing import pack_lists, pack_pairs
 from fastrank.tokens import PairTokenizer
@@ -313,3 +315,23 @@ def test_float64_through_the_reference(tmp_path, kind, monkeypatch):
     pairs = random_pairs(theirs, LENGTHS)
     with torch.no_grad():
         assert _error(load_model(tmp_path).double()(pack_pairs(pairs)), padded_logits(theirs.double(), pairs)) <= 1e-12
+
+
+def test_hidden_states_are_float32_or_what_products_are_computed_in():
+    model = CrossEncoder({"model_type": "bert", "num_labels": 1, "vocab_size": 9, "num_hidden_layers": 1})
+    with pytest.raises(ValueError, match=r"hidden_states must be float32 or the products' own torch.float32, not"):
+        model.to_precision("float32", hidden_states="bf16")
+    model.to_precision("bf16", hidden_states="bf16")
+    assert model.encoder.hidden_dtype == model.encoder.precision == torch.bfloat16
+
+
+def test_a_product_that_was_cast_in_inference_mode_can_be_differentiated_through():
+    one = Linear(8, 8).requires_grad_(False)
+    one.weight.fill_(0.1), one.bias.fill_(0.2)
+    one.precision = torch.bfloat16
+    with torch.inference_mode():
+        expected = one(torch.ones(2, 8))
+    x = torch.ones(2, 8, requires_grad=True)
+    out = one(x)
+    out.sum().backward()
+    assert torch.equal(out, expected) and x.grad.abs().sum() > 0

@@ -90,3 +90,12 @@ def test_chunks_are_whole_lists_in_order():
     chunks = plan_chunks(sizes, 100)
     assert [i for chunk in chunks for i in chunk] == list(range(300))
     assert all(sizes[list(chunk)].sum() <= 100 for chunk in chunks)
+
+
+def test_the_shortest_and_the_longest_pair_are_known():
+    pairs = [(np.arange(n), np.zeros(n, int)) for n in (5, 2, 9)]
+    assert pack_pairs(pairs).span == (2, 9) and pack_pairs([]).span == (0, 0)
+    batch = pack_pairs(pairs)
+    found = PackedBatch(batch.token_ids, batch.token_types, batch.positions, batch.pair_offsets, batch.list_offsets)
+    assert found.span == (2, 9)
+    assert batch.to("cpu").span == (2, 9)

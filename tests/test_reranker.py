@@ -646,3 +646,23 @@ def test_threads_go_back_to_their_own_numbers(tiny):
         assert (torch.get_num_threads(), seen["other"]) == (2, 4)
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_gpu_is_given_a_call_in_parts_that_change_no_ranking(tiny, monkeypatch):
+    whole = Reranker(tiny)
+    queries, documents = ["statins", "zip"], [_texts(7), _texts(3)]
+    expected = whole.rank(queries, documents)
+    calls = []
+    monkeypatch.setattr("fastrank.reranker.PART_PAIRS", 4)
+    # Only where the weights are decides; the parts themselves are the same on any device.
+    parts = Reranker(tiny)
+    parts.device = torch.device("cuda")
+    cut = parts._parts([["a"] * 3, [], ["a"] * 2, ["a"] * 9, ["a"]])
+    assert cut == [range(0, 3), range(3, 4), range(4, 5)] and parts._parts([]) == [range(0, 0)]
+    monkeypatch.setattr(parts, "_parts", lambda texts: calls.append(texts) or [range(0, 1), range(1, 2), range(2, 2)])
+    parts.device = torch.device("cpu")
+    found = parts.rank(queries, documents)
+    assert calls
+    for one, other in zip(found, expected, strict=True):
+        assert [item.index for item in one] == [item.index for item in other]
+        assert np.allclose([item.score for item in one], [item.score for item in other], atol=1e-5)

@@ -551,3 +551,12 @@ def test_bad_input_is_one_sentence(tmp_path, argv, sentence):
     assert result.returncode == 2
     assert sentence in result.stderr and "Traceback" not in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_what_the_device_decides_may_be_written_down_or_left_out(checkpoint, tmp_path):
+    config = make_config(checkpoint, tmp_path)
+    assert config.precision == "auto" and config.max_batch_tokens is None
+    assert config.differences({"precision": "float32", "max_batch_tokens": 8192}) == []
+    written = make_config(checkpoint, tmp_path, precision="bf16", max_batch_tokens=100)
+    assert written.differences({"precision": "auto", "max_batch_tokens": None}) == []
+    assert written.differences({"precision": "float32", "max_batch_tokens": 8192}) == ["max_batch_tokens", "precision"]

@@ -6,10 +6,9 @@ the ahead-of-time gate compiles from a table (tests/ahead_of_time.py) is what a 
 launched.
 """
 
-import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -69,6 +68,21 @@ class Configuration:
     num_warps: int = 4
     num_stages: int = 1
 
+    def run(self, num_programs: int, arguments: Sequence[Tensor | int | float]) -> None:
+        """Launches it, on the current device, with arguments that have been checked."""
+        self.kernel[(num_programs,)](*arguments, **self.keywords)
+
+    @functools.cached_property
+    def keywords(self) -> dict[str, object]:
+        """Compile-time values and options, as a launch passes them."""
+        return {**self.constants, **self.options}
+
+    @functools.cached_property
+    def checks(self) -> tuple[tuple[str, torch.dtype | type, bool], ...]:
+        """Of each run-time argument: its name, its dtype (a tensor's) or type (a number's), whether it is aligned."""
+        known = {name: kind for kinds in (POINTERS, NUMBERS) for kind, name in kinds.items()}
+        return tuple((name, known[expected], name in self.aligned) for name, expected in self.types.items())
+
     @property
     def aligned(self) -> frozenset[str]:
         """Arguments that are multiples of ALIGNMENT."""
@@ -88,15 +102,22 @@ class Table(dict[str, Configuration]):
         for a name that is not in the table, TypeError for an argument of another type than the table says, ValueError
         for one that is not aligned as the kernel demands."""
         configuration = self[name]
-        for (parameter, expected), argument in zip(configuration.types.items(), arguments, strict=True):
-            given = POINTERS.get(argument.dtype) if isinstance(argument, Tensor) else NUMBERS.get(type(argument))
-            if given != expected:
-                raise TypeError(f"{name}: {parameter} must be {expected}, not {given}.")
-            if parameter in configuration.aligned and argument.data_ptr() % ALIGNMENT:
-                raise ValueError(f"{name}: {parameter} must begin at a multiple of {ALIGNMENT} bytes.")
+        device = None
+        for (parameter, expected, is_aligned), argument in zip(configuration.checks, arguments, strict=True):
+            if isinstance(argument, Tensor):
+                given, device = argument.dtype, argument.device
+                if is_aligned and argument.data_ptr() % ALIGNMENT:
+                    raise ValueError(f"{name}: {parameter} must begin at a multiple of {ALIGNMENT} bytes.")
+            else:
+                given = type(argument)
+            if given is not expected:
+                wanted, found = (POINTERS.get(one) or NUMBERS.get(one) for one in (expected, given))
+                raise TypeError(f"{name}: {parameter} must be {wanted}, not {found}.")
         if not num_programs:
             return
-        device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
         # Triton launches on the current device, which need not be the tensors'.
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            configuration.kernel[(num_programs,)](*arguments, **configuration.constants, **configuration.options)
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                configuration.run(num_programs, arguments)
+        else:
+            configuration.run(num_programs, arguments)

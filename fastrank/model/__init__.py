@@ -77,6 +77,8 @@ class CrossEncoder(nn.Module):
         """
         dtype = find_precision(precision)
         hidden = None if hidden_states is None else find_precision(hidden_states)
+        if hidden not in (None, torch.float32, dtype):
+            raise ValueError(f"hidden_states must be float32 or the products' own {dtype}, not {hidden}.")
         set_precision(self.encoder, dtype)
         self.encoder.precision, self.encoder.hidden_dtype = dtype, hidden
         return self
@@ -88,6 +90,7 @@ class CrossEncoder(nn.Module):
         False: then the memory of the float32 weights is given back, and the model can neither be trained nor saved. A
         frozen model refuses training mode and gradients. Weights that cannot be frozen leave the model as it was."""
         freeze(self.encoder, precision, keep_weights=keep_weights)
+        self.encoder.precision, self.encoder.hidden_dtype = torch.float32, None
         return self
 
     @property

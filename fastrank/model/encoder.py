@@ -111,7 +111,7 @@ class Layer(nn.Module):
 
     def _activate(self, x: Tensor, bias: Tensor) -> Tensor:
         if self.activation == "relu":
-            return torch.relu(x + bias)
+            return torch.relu(x + bias.to(x.dtype))
         return ops.bias_gelu(x, bias, tanh_form=self.activation == "gelu_tanh")
 
     def _attend_from_first_tokens(self, x: Tensor, offsets: Tensor, span: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -147,8 +147,11 @@ class Encoder(nn.Module):
         if dtype is None and positions.is_cuda and self.precision != torch.float32:
             dtype = self.precision
         x = self.embeddings(batch.token_ids, batch.token_types, positions, dtype)
+        with torch.inference_mode(False):
+            # A tensor of this forward alone: what a GPU's attention derives from it serves all layers, and no longer.
+            offsets = batch.pair_offsets.clone() if batch.pair_offsets.is_cuda else batch.pair_offsets
         for layer in self.layers:
-            x = layer(x, batch.pair_offsets, batch.span)
+            x = layer(x, offsets, batch.span)
         return x
 
 

@@ -49,7 +49,9 @@ class Linear(nn.Linear):
         """x W^T alone, for an operation that adds the bias itself."""
         if self.precision == torch.float32:
             return F.linear(x, self.weight)
-        return F.linear(x.to(self.precision), self._cast_weights()[0]).to(x.dtype)
+        learns = self.weight.requires_grad
+        weight = self.weight.to(self.precision) if learns else self._cast_weights()[0]
+        return F.linear(x.to(self.precision), weight).to(x.dtype)
 
     def _load_from_state_dict(self, *arguments: object) -> None:
         """New weights undo freezing, as to_precision() does."""
@@ -77,8 +79,9 @@ class Linear(nn.Linear):
         state = (version, self.weight.data_ptr(), self.precision)
         cast = self._cast
         if cast is None or cast[0] != state:
-            weight, bias = self.weight.detach(), self.bias.detach()
-            cast = self._cast = (state, weight.to(self.precision), bias.to(self.precision))
+            with torch.inference_mode(False):  # a later backward may save them
+                weight, bias = self.weight.detach(), self.bias.detach()
+                cast = self._cast = (state, weight.to(self.precision), bias.to(self.precision))
         return cast[1], cast[2]
 
 

@@ -24,6 +24,7 @@ __all__ = ["TrainConfig", "read_yaml", "recipe_names", "resolve_recipe"]
 SELECTIONS = ("gap", "difficulty", "energy")
 SCHEDULES = ("linear", "constant", "cosine")
 PRECISIONS = {"auto": "auto", "float32": "float32", "fp32": "float32", "bf16": "bf16", "bfloat16": "bf16"}
+BY_DEVICE = ("max_batch_tokens", "precision")  # keys whose default the device decides
 # Keys that may change between a run and its resumption: none of them changes a weight.
 RESUMABLE = ("resume", "overwrite", "dry_run", "save_steps", "logging_steps", "num_threads", "output_dir")
 
@@ -186,7 +187,9 @@ class TrainConfig:
     def differences(self, other: dict[str, Any]) -> list[str]:
         """Keys in which a stored run differs from this one and that would change the weights."""
         mine = yaml.safe_load(to_yaml(self))
-        return [key for key in mine if key not in RESUMABLE and mine[key] != other.get(key, mine[key])]
+        compared = [key for key in mine if key not in RESUMABLE and mine[key] != other.get(key, mine[key])]
+        # What the device decides may be written down by one of the two.
+        return [key for key in compared if key not in BY_DEVICE or not {None, "auto"} & {mine[key], other[key]}]
 
 
 def _typed(name: str, kind: str, value: Any) -> Any:

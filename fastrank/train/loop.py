@@ -103,7 +103,7 @@ def _run(
         report.record({"step": 0, "ndcg_at_10": evaluation.ndcg_at_10(trainer.scores(evaluation.lists))})
     trainer.num_lists_without_terms = progress.lists_without_terms
     writes = trainer.processes.is_first
-    waiting: list[torch.Tensor] = []  # losses that are not read yet: reading the last step's would wait for a GPU
+    waiting: list[_Late] = []  # losses that are not read yet
     while progress.step < num_steps:
         started = time.perf_counter()
         lists = feed.step(progress.step)
@@ -116,8 +116,8 @@ def _run(
         measures = evaluation and (last or progress.step % eval_steps == 0)
         logs = last or measures or progress.step % config.logging_steps == 0
         saves = last or progress.step % save_steps == 0
-        waiting.append(loss)
-        known = [float(waiting.pop(0)) for _ in range(len(waiting) - (0 if logs or saves else 1))]
+        waiting.append(_Late(loss))
+        known = [waiting.pop(0).read() for _ in range(len(waiting) - (0 if logs or saves else 1))]
         pairs = sum(len(one.documents) for one in lists)
         progress.add(known, pairs=pairs, seconds=time.perf_counter() - started)
         if logs:
@@ -151,6 +151,23 @@ def _run(
     if progress.best_step is not None:
         report.line(f"best nDCG@10 {progress.best_measure:.4f} at step {progress.best_step}")
     report.line(f"checkpoint: {folder}")
+
+
+class _Late:
+    """A number that a GPU is still computing: read() waits for it, and for nothing that was queued after it."""
+
+    def __init__(self, value: torch.Tensor) -> None:
+        self._value, self._event = value, None
+        if value.is_cuda:
+            self._value = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+            self._value.copy_(value, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(value.device))
+
+    def read(self) -> float:
+        if self._event is not None:
+            self._event.synchronize()
+        return float(self._value)
 
 
 def learning_rate_factor(config: TrainConfig, step: int, num_steps: int) -> float:

@@ -96,7 +96,8 @@ class Trainer:
         )
 
     def step(self, lists: Sequence[RankingList], number: int, *, rate_factor: float = 1.0) -> Tensor:
-        """One optimizer step over labelled lists; returns its loss, one number on the device. Nothing waits for a GPU.
+        """One optimizer step over labelled lists; returns its loss, one number on the device. Nothing waits for a
+        GPU, but a user's own loss in several processes.
 
         Args:
             lists: The step's lists, of any length each.
@@ -229,7 +230,7 @@ class Trainer:
             started = time.perf_counter()
             self._scores([[pairs[i] for i in first]], 0, 0).sum().backward()
             if self.device.type == "cuda":
-                torch.cuda.synchronize()
+                torch.cuda.synchronize(self.device)
             seconds = time.perf_counter() - started
         self.optimizer.zero_grad(set_to_none=True)
         return sum(len(pairs[i][0]) for i in first), seconds
@@ -238,7 +239,7 @@ class Trainer:
         """Bytes that this process held at most (on a GPU: allocated there), AdamW's moments to come included."""
         moments = sum(2 * one.nbytes for one in self.model.parameters() if one.requires_grad)
         if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated() + moments
+            return torch.cuda.max_memory_allocated(self.device) + moments
         return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + moments
 
     def tokenize(self, lists: Sequence[RankingList]) -> list[list[Pair]]:

@@ -166,7 +166,11 @@ def test_offsets_that_change_in_place_are_seen():
     expected = ops.fused_attention(qkv, cut((20, 180)), backend="gpu")
     assert torch.equal(ops.fused_attention(qkv, offsets, backend="gpu"), expected)
     with torch.inference_mode():
-        assert torch.equal(ops.fused_attention(qkv, cut((20, 180)), backend="gpu"), expected)
+        offsets = cut((150, 50))
+        ops.fused_attention(qkv, offsets, backend="gpu")
+        offsets.copy_(cut((20, 180)))
+        with poisoned_memory():
+            assert torch.equal(ops.fused_attention(qkv, offsets, backend="gpu"), expected)
 
 
 def test_a_batch_keeps_its_tiles_and_leaves_none_behind():

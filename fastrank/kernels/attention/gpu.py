@@ -5,6 +5,7 @@ for bit in any batch. Pairs of up to 128 tokens have all their keys in one tile;
 on the device, once a batch, so that nothing is read back to the host.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -123,7 +124,7 @@ class Cuts:
     span: tuple[int, int]
     tiles: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
 
-    @property
+    @functools.cached_property
     def num_pairs(self) -> int:
         return len(self.key_begins)
 
@@ -159,9 +160,11 @@ _known_cuts: WeakIdKeyDictionary = WeakIdKeyDictionary()  # those of one batch s
 
 
 def _find_cuts(offsets: Tensor, query_offsets: Tensor | None, num_queries: int, num_keys: int, span) -> Cuts:
-    version = None if offsets.is_inference() else offsets._version
-    known = _known_cuts.get(offsets)
-    if query_offsets is None and known is not None and known[0] == (version, span):
+    # What changes an inference tensor in place is not counted, so nothing is kept for those.
+    keeps = query_offsets is None and not offsets.is_inference()
+    state = (offsets._version, span) if keeps else None
+    known = _known_cuts.get(offsets) if keeps else None
+    if known is not None and known[0] == state:
         return known[1]
     # A view of the detached tensor: one of the tensor itself would keep its key in the dictionary alive.
     keys = offsets.detach().contiguous()
@@ -176,8 +179,8 @@ def _find_cuts(offsets: Tensor, query_offsets: Tensor | None, num_queries: int, 
         query_offsets is None,
         span or (0, num_keys),
     )
-    if query_offsets is None:
-        _known_cuts[offsets] = (version, span), cuts
+    if keeps:
+        _known_cuts[offsets] = state, cuts
     return cuts
 
 
@@ -239,24 +242,25 @@ def _steps(*tensors: Tensor) -> list[int]:
     return [stride // STEP for tensor in tensors for stride in tensor.stride()[:2]]
 
 
+@functools.cache
+def _full_name(name: str, dtype: torch.dtype, head_dim: int) -> str:
+    return f"{name} {str(dtype).removeprefix('torch.')} {head_dim}"
+
+
 def _launch(name: str, like: Tensor, num_programs: int, *arguments: Tensor | int | float) -> None:
-    dtype = str(like.dtype).removeprefix("torch.")
-    CONFIGURATIONS.launch(f"{name} {dtype} {like.shape[2]}", num_programs, *arguments)
+    CONFIGURATIONS.launch(_full_name(name, like.dtype, like.shape[2]), num_programs, *arguments)
 
 
 def _tile(name: str, like: Tensor) -> tuple[int, int]:
-    constants = CONFIGURATIONS[f"{name} {str(like.dtype).removeprefix('torch.')} {like.shape[2]}"].constants
+    constants = CONFIGURATIONS[_full_name(name, like.dtype, like.shape[2])].constants
     return constants["BLOCK_QUERIES"], constants["BLOCK_KEYS"]
 
 
-def _short(step: str, like: Tensor) -> list[tuple[int, int]]:
+@functools.cache
+def _short(dtype: torch.dtype) -> list[tuple[int, int]]:
     """Shortest and longest pair of each kernel that takes short ones."""
-    found, shortest = [], 1
-    for longest in SHORT_TILES:
-        if f"{step} {longest} {str(like.dtype).removeprefix('torch.')} {like.shape[2]}" in CONFIGURATIONS:
-            found.append((shortest, longest))
-            shortest = longest + 1
-    return found
+    ends = () if dtype == torch.float32 else tuple(SHORT_TILES)
+    return list(zip((1, *(end + 1 for end in ends)), ends, strict=False))
 
 
 def _forward(
@@ -271,7 +275,7 @@ def _forward(
     numbers = heads, len(q), *_steps(q, k, v), scale * LOG2_E
     above = 0
     if cuts.are_shared:
-        for shortest, longest in _short("forward", q):
+        for shortest, longest in _short(q.dtype):
             above = longest
             if cuts.may_hold(shortest, longest):
                 programs = cuts.num_pairs * (longest // SHORT_TILES[longest]) * heads
@@ -305,7 +309,7 @@ def _backward(
     scale *= LOG2_E
     above = 0
     if cuts.are_shared:
-        for shortest, longest in _short("backward", q):
+        for shortest, longest in _short(q.dtype):
             above = longest
             if cuts.may_hold(shortest, longest):
                 given = q, k, v, dout, *statistics, dq, dk, dv, cuts.key_begins, cuts.key_ends, heads, len(q), *steps

@@ -1,6 +1,7 @@
 """Packed attention by torch.nn.attention.varlen, which is FlashAttention 2 as torch carries it.
 
-It wants to know the longest pair: without span, that is read back from the device.
+It wants to know the longest pair: without span, that is read back from the device. Queries of their own are taken to be
+as many a pair as there are at all, which starts programs that have nothing to do.
 """
 
 from collections.abc import Callable
@@ -53,11 +54,8 @@ def attend(
 ) -> Tensor:
     """flash_attention(q, k, v, both offsets, both longest lengths), as FlashAttention's own packages call it too."""
     if not q.numel() or not k.numel():
-        return q * 0
-    longest = _longest(offsets) if span is None else span[1]
-    queries, longest_queries = (offsets, longest) if query_offsets is None else (query_offsets, _longest(query_offsets))
+        return q.new_zeros(q.shape) + 0.0 * (q.sum() + k.sum() + v.sum())
+    q, k, v = (one if one.data_ptr() % 16 == 0 else one.clone() for one in (q, k, v))
+    longest = int(offsets.diff().max()) if span is None else span[1]
+    queries, longest_queries = (offsets, longest) if query_offsets is None else (query_offsets, len(q))
     return flash_attention(q, k, v, queries, offsets, longest_queries, longest, **{scale_name: scale})
-
-
-def _longest(offsets: Tensor) -> int:
-    return int(offsets.diff().max())

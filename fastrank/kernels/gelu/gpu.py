@@ -119,7 +119,9 @@ def refusals(tensor: Tensor) -> list[str]:
 
 
 def bias_gelu(x: Tensor, bias: Tensor, tanh_form: bool) -> Tensor:
-    return _BiasGelu.apply(x, bias, tanh_form)
+    if torch.is_grad_enabled() and (x.requires_grad or bias.requires_grad):
+        return _BiasGelu.apply(x, bias, tanh_form)
+    return _forward(align(x), align(bias.float()), tanh_form)
 
 
 def _launch(name: str, like: Tensor, tanh_form: bool, num_programs: int, *arguments: Tensor | int) -> None:
@@ -127,14 +129,19 @@ def _launch(name: str, like: Tensor, tanh_form: bool, num_programs: int, *argume
     CONFIGURATIONS.launch(f"{name} {form} {dtype}", num_programs, *arguments)
 
 
+def _forward(x: Tensor, bias: Tensor, tanh_form: bool) -> Tensor:
+    rows, columns = x.shape
+    out = torch.empty_like(x)
+    programs = -(-rows // BLOCK_ROWS) * -(-columns // BLOCK_COLUMNS)
+    _launch("forward", x, tanh_form, programs, x, bias, out, rows, columns // STEP.value)
+    return out
+
+
 class _BiasGelu(Function):
     @staticmethod
     def forward(ctx, x, bias, tanh_form):
         x, full_bias = align(x), align(bias.detach().float())
-        rows, columns = x.shape
-        out = torch.empty_like(x)
-        programs = -(-rows // BLOCK_ROWS) * -(-columns // BLOCK_COLUMNS)
-        _launch("forward", x, tanh_form, programs, x, full_bias, out, rows, columns // STEP.value)
+        out = _forward(x, full_bias, tanh_form)
         ctx.save_for_backward(x, full_bias)
         ctx.settings = tanh_form, bias.dtype
         return out

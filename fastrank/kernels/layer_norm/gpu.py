@@ -290,7 +290,9 @@ def refusals(tensor: Tensor) -> list[str]:
 
 
 def layer_norm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return _LayerNorm.apply(x, residual, weight, bias, eps)
+    if torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in (x, residual, weight, bias)):
+        return _LayerNorm.apply(x, residual, weight, bias, eps)
+    return _forward(align(x), None if residual is None else align(residual), _full(weight), bias, eps)[0]
 
 
 def embedding_norm(
@@ -302,6 +304,8 @@ def embedding_norm(
     eps: float,
     dtype: torch.dtype,
 ) -> Tensor:
+    if dtype not in NUMBER_DTYPES:
+        raise ValueError(f"The gpu backend gives float32, bf16 or fp16, not {dtype}.")
     return _EmbeddingNorm.apply(*ids, *tables, padding, weight, bias, eps, dtype)
 
 
@@ -324,17 +328,24 @@ def _statistics(x: Tensor, num_rows: int) -> list[Tensor]:
     return [torch.empty(num_rows, dtype=torch.float32, device=x.device) for _ in range(2)]
 
 
+def _forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, list[Tensor]]:
+    rows, columns = x.shape
+    out, statistics = torch.empty_like(x), _statistics(x, rows)
+    given = x, x if residual is None else residual, weight, _full(bias), out, *statistics
+    numbers = rows, columns // STEP.value, int(residual is not None), eps
+    _launch("forward", x.dtype, columns, _num_blocks(rows, columns), *given, *numbers)
+    return out, statistics
+
+
 class _LayerNorm(Function):
     @staticmethod
     def forward(ctx, x, residual, weight, bias, eps):
         ctx.weight_dtypes = weight.dtype, bias.dtype
         x, weight = align(x), _full(weight)
         residual = None if residual is None else align(residual)
-        rows, columns = x.shape
-        out, statistics = torch.empty_like(x), _statistics(x, rows)
-        given = x, x if residual is None else residual, weight, _full(bias), out, *statistics
-        numbers = rows, columns // STEP.value, int(residual is not None), eps
-        _launch("forward", x.dtype, columns, _num_blocks(rows, columns), *given, *numbers)
+        out, statistics = _forward(x, residual, weight, bias, eps)
         ctx.save_for_backward(x, residual, weight, *statistics)
         return out
 
