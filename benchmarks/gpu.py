@@ -1,7 +1,7 @@
 """Everything that waits for a GPU, in parts of a few minutes each: is it right, and how fast is it beside its peers.
 
-python benchmarks/gpu.py --part correctness|attention|forward|rerank|train|losses|all [--data DIR] [--output DIR]: first
-measures the machine's limits (copy bandwidth, bf16 matrix products), then runs the part and merges what it found into
+python benchmarks/gpu.py --part PART [--data DIR] [--output DIR]: first measures the machine's limits (copy bandwidth,
+bf16 matrix products), then runs a part of PARTS, or all of them, and merges what it found into
 OUTPUT/<gpu>-<commit>.json; a short table comes last. DIR holds TREC DL as FASTRANK_DATA/trec-dl does; without it texts
 are made up. --dry_run runs the same code with tiny shapes on the CPU, kernels in Triton's interpreter (correctness) or
 in C++ (the rest), and writes nothing. Needs the package built in place: python setup.py build_ext --inplace.
@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("correctness", "attention", "forward", "rerank", "train", "losses")
+PARTS = ("correctness", "attention", "forward", "rerank", "train", "losses", "variants")
 
 
 def limits(device: str, dry_run: bool) -> dict[str, float]:
@@ -52,6 +52,7 @@ def main() -> int:
     parser.add_argument("--part", choices=(*PARTS, "all"), required=True)
     parser.add_argument("--data", type=Path, help="folder of TREC DL's files")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--commit", help="of the code, where git is not there to tell")
     parser.add_argument("--dry_run", action="store_true", help="tiny shapes on the CPU; writes nothing")
     options = parser.parse_args()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic sums, while outputs are poisoned
@@ -68,7 +69,7 @@ def main() -> int:
         parser.error("torch finds no GPU here; --dry_run runs on the CPU")
     facts = machine()
     gpu = re.sub(r"[^A-Za-z0-9]+", "-", facts["gpu"] or "cpu").strip("-")
-    path = options.output / f"{gpu}-{facts['commit'] or 'unknown'}.json"
+    path = options.output / f"{gpu}-{options.commit or facts['commit'] or 'unknown'}.json"
     top = limits(device, options.dry_run)
     print(", ".join(f"{name} {value:.3g}" for name, value in top.items()), flush=True)
     failures = 0

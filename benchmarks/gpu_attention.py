@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from timing import COMPARISONS, Comparison, Contender, graphed
+from timing import Comparison, Contender, graphed
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -170,49 +170,7 @@ def run(*, device: str, limits: dict, data: Path | None, dry_run: bool) -> dict:
             lines += compare(
                 f"attention, length {name}, head dim {head_dim}", inputs, functions, device, dry_run, limits
             )
-            lines += [] if dry_run else variants(inputs)
             del inputs, functions
             if device == "cuda":
                 torch.cuda.empty_cache()
     return {"lines": lines}
-
-
-def variants(inputs: Inputs) -> list[str]:
-    """Other tiles and warps for the kernels that take these pairs: which is the fastest here."""
-    from fastrank.kernels.attention import gpu
-    from fastrank.kernels.configuration import Configuration
-
-    head_dim, longest = inputs.qkv.shape[3], inputs.longest
-    lines = []
-    kept = dict(gpu.CONFIGURATIONS)
-    for name, configuration in kept.items():
-        _, bucket, dtype, dim = name.split()
-        takes = {"32": longest <= 32, "64": 32 < longest <= 64, "128": 64 < longest <= 128, "long": longest > 128}
-        if (dtype, dim) != ("bfloat16", str(head_dim)) or not takes.get(bucket, False):
-            continue
-        for changes in ({"num_warps": 2}, {"num_warps": 4}, {"num_warps": 8}, {"num_stages": 1}, {"num_stages": 3}):
-            settings = {"num_warps": configuration.num_warps, "num_stages": configuration.num_stages} | changes
-            tried = Configuration(configuration.kernel, configuration.types, configuration.constants, **settings)
-            dict.__setitem__(gpu.CONFIGURATIONS, name, tried)
-            try:
-                seconds = time_both(inputs)
-                lines.append(
-                    f"    {name}: {settings}: forward {seconds[0] * 1e6:.1f} us, both {seconds[1] * 1e6:.1f} us"
-                )
-            except Exception as error:
-                lines.append(f"    {name}: {settings}: {type(error).__name__}")
-            dict.__setitem__(gpu.CONFIGURATIONS, name, configuration)
-    return lines
-
-
-def time_both(inputs: Inputs) -> tuple[float, float]:
-    leaf = inputs.qkv.clone().requires_grad_()
-
-    def both():
-        return torch.autograd.grad(inputs.packed(leaf), leaf, inputs.upstream)
-
-    runs = graphed(lambda: inputs.packed(inputs.qkv)), graphed(both)
-    made = [Contender(name, run, 1) for name, run in zip(("forward", "both"), runs, strict=True)]
-    comparison = Comparison("", "runs", made, [], "cuda").measure(3, shortest_round=0.005)
-    COMPARISONS.remove(comparison)
-    return comparison["forward"].median, comparison["both"].median

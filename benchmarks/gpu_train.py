@@ -18,8 +18,12 @@ from timing import Comparison, Contender
 from fastrank.train import TrainConfig
 from fastrank.train.trainer import Trainer
 
-# Stage: loss, lists of a step, documents of a list, pairs of the whole stage in the recipe.
-STAGES = {"stage 1": ("lce", 32, 8, 5.12e6), "stage 2": ("ranknet", 16, 100, 3.0e6)}
+# Stage: loss, documents of a list, pairs of the whole stage in the recipe, and lists of a step by shape: as many as the
+# padded loop has room for.
+STAGES = {
+    "stage 1": ("lce", 8, 5.12e6, {"MiniLM-L6": 64, "ELECTRA-base": 32, "XLM-R-large": 16}),
+    "stage 2": ("ranknet", 100, 3.0e6, {"MiniLM-L6": 8, "ELECTRA-base": 4, "XLM-R-large": 1}),
+}
 MAX_LENGTH = 256
 
 
@@ -55,9 +59,9 @@ class PaddedLoop(PaddedTrainer):
         return loss.detach()
 
 
-def lists_of(stage: str, lists, dry_run: bool) -> list:
-    loss, count, size, _ = STAGES[stage]
-    count, size = (2, 4) if dry_run else (count, size)
+def lists_of(stage: str, shape: str, lists, dry_run: bool) -> list:
+    loss, size, _, counts = STAGES[stage]
+    count, size = (2, 4) if dry_run else (counts[shape], size)
     made = []
     for one in itertools.islice(itertools.cycle(lists), count):
         labels = [float(i == 0) for i in range(size)] if loss == "lce" else [float(-i) for i in range(size)]
@@ -72,7 +76,7 @@ def run(*, device: str, limits: dict, data: Path | None, dry_run: bool) -> dict:
     lines = []
     for shape in ("tiny",) if dry_run else ("MiniLM-L6", "ELECTRA-base", "XLM-R-large"):
         hours = 0.0
-        for stage, (_, _, _, num_pairs) in STAGES.items():
+        for stage, (_, _, num_pairs, _) in STAGES.items():
             hours += num_pairs / compare(shape, stage, device, data, dry_run) / 3600
             if device == "cuda":
                 torch.cuda.empty_cache()
@@ -86,7 +90,7 @@ def compare(shape: str, stage: str, device: str, data: Path | None, dry_run: boo
     """Pairs a second of ours."""
     source, lists = texts(data, dry_run)
     folder, loss = checkpoint(shape, data, dry_run), STAGES[stage][0]
-    step_lists = lists_of(stage, lists, dry_run)
+    step_lists = lists_of(stage, shape, lists, dry_run)
     num_pairs = sum(len(one.documents) for one in step_lists)
     trainer = Trainer(
         TrainConfig(

@@ -97,6 +97,8 @@ class Comparison:
         for one in self.contenders:
             if memory and not one.failure:
                 one.peak_extra_bytes = _peak_extra_bytes(one.run, self.device)
+        for one in self.contenders:  # models and tensors that these hold would stay until the report
+            one.run, one.check = _measured, _measured
         COMPARISONS.append(self)
         return self
 
@@ -130,6 +132,10 @@ class Comparison:
         return max(
             (one for one in self.contenders if not one.ours and one.durations), key=lambda one: one.rate, default=None
         )
+
+
+def _measured(*_: object) -> None:
+    raise RuntimeError("This contender has been measured and let go.")
 
 
 def graphed(run: Callable[[], object]) -> Callable[[], object]:

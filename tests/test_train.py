@@ -560,3 +560,21 @@ def test_what_the_device_decides_may_be_written_down_or_left_out(checkpoint, tmp
     written = make_config(checkpoint, tmp_path, precision="bf16", max_batch_tokens=100)
     assert written.differences({"precision": "auto", "max_batch_tokens": None}) == []
     assert written.differences({"precision": "float32", "max_batch_tokens": 8192}) == ["max_batch_tokens", "precision"]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_gradient_checkpointing_changes_no_gradient(checkpoint, tmp_path, precision):
+    lists = make_lists(3)
+    gradients = []
+    for recomputes in (False, True):
+        config = make_config(
+            checkpoint, tmp_path, dropout=0.3, max_grad_norm=0, precision=precision, gradient_checkpointing=recomputes
+        )
+        trainer = Trainer(config)
+        layer, calls = trainer.model.encoder.layers[0], []
+        layer.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        loss = float(trainer.step(lists, 5))
+        assert len(calls) == 1 + recomputes
+        gradients.append((loss, [one.grad.clone() for one in trainer.model.parameters() if one.grad is not None]))
+    assert gradients[0][0] == gradients[1][0]
+    assert all(map(torch.equal, gradients[0][1], gradients[1][1]))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from fastrank import ops
 from fastrank.model.linear import Linear
@@ -129,10 +130,13 @@ class Encoder(nn.Module):
     """Embeddings and layers.
 
     precision: of the matrix products. hidden_dtype: of what lies between them; None for precision on a GPU and that of
-    the weights on a CPU, whose kernels take nothing else.
+    the weights on a CPU, whose kernels take nothing else. recomputes: a training step keeps only what goes into each
+    layer, and computes the layer again in its backward pass: less memory, the same gradients.
     """
 
     precision: torch.dtype = torch.float32
+    recomputes: bool = False
+    recomputes: bool = False
     hidden_dtype: torch.dtype | None = None
 
     def __init__(self, settings: Settings) -> None:
@@ -151,7 +155,10 @@ class Encoder(nn.Module):
             # A tensor of this forward alone: what a GPU's attention derives from it serves all layers, and no longer.
             offsets = batch.pair_offsets.clone() if batch.pair_offsets.is_cuda else batch.pair_offsets
         for layer in self.layers:
-            x = layer(x, offsets, batch.span)
+            if self.recomputes and torch.is_grad_enabled():
+                x = checkpoint(layer, x, offsets, batch.span, use_reentrant=False)
+            else:
+                x = layer(x, offsets, batch.span)
         return x
 
 

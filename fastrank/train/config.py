@@ -26,7 +26,8 @@ SCHEDULES = ("linear", "constant", "cosine")
 PRECISIONS = {"auto": "auto", "float32": "float32", "fp32": "float32", "bf16": "bf16", "bfloat16": "bf16"}
 BY_DEVICE = ("max_batch_tokens", "precision")  # keys whose default the device decides
 # Keys that may change between a run and its resumption: none of them changes a weight.
-RESUMABLE = ("resume", "overwrite", "dry_run", "save_steps", "logging_steps", "num_threads", "output_dir")
+RESUMABLE = ("resume", "overwrite", "dry_run", "save_steps", "logging_steps", "num_threads", "output_dir",
+             "gradient_checkpointing")  # fmt: skip
 
 
 @dataclass
@@ -59,6 +60,8 @@ class TrainConfig:
         gradient_accumulation_steps: Multiplies the lists of a step; the loss is normalised over all of them at once.
         max_batch_tokens: Tokens of one forward and backward pass; default: 8,192 on a CPU, 32,768 on a GPU. Cuts a step
             for memory and never changes its gradient (dropout's masks apart).
+        gradient_checkpointing: Keep only what goes into each layer, and compute it again in the backward pass: a third
+            more work, far less memory, the same gradients.
         max_length: Tokens of a pair, special tokens included; default: what model and tokenizer allow.
         max_query_tokens: Query tokens kept, before the pair is truncated.
         max_document_tokens: Document tokens kept, before the pair is truncated.
@@ -101,6 +104,7 @@ class TrainConfig:
     per_device_train_batch_size: int = 32
     gradient_accumulation_steps: int = 1
     max_batch_tokens: int | None = None
+    gradient_checkpointing: bool = False
     max_length: int | None = None
     max_query_tokens: int | None = None
     max_document_tokens: int | None = None

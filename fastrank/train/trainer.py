@@ -67,6 +67,7 @@ class Trainer:
         if self.precision != "float32":
             self.model.to_precision(self.precision)
         self.max_batch_tokens = config.max_batch_tokens or DEFAULT_MAX_BATCH_TOKENS[self.device.type]
+        self.model.encoder.recomputes = config.gradient_checkpointing
         _freeze(self.model, config.freeze_layers)
         self.optimizer = self._make_optimizer()
         self.num_lists_without_terms = 0
