@@ -155,6 +155,23 @@ def model_cases(device: str, dry_run: bool, seed: int) -> Iterator[Case]:
             lambda shape=shape: whole_model(shape, device, dry_run),
         )
 
+    if device == "cuda":
+        yield "CUDA graphs give the scores of the forward", lambda: graphs_agree(device)
+
+
+def graphs_agree(device: str) -> None:
+    """Batches of several buckets, each met twice."""
+    from fastrank.model.graphs import Graphs
+
+    model = make_model("MiniLM-L6").requires_grad_(False).to(device).to_precision("bf16")
+    with torch.inference_mode():
+        graphs = Graphs(model.score, torch.device(device), (model.settings.first_position, 0))
+        for lengths in ([90] * 10, [120, 30, 64] * 33, [8], [90] * 11, [500, 40]):
+            batch = batch_of(lengths, model.settings.vocab_size, "cpu")
+            expected, found = model.score(batch.to(device)), graphs.score(batch)
+            apart = (found - expected).abs().max() / expected.abs().max()
+            assert apart < 0.02, f"{len(lengths)} pairs: a score is off by {float(apart):.2g}"
+
 
 def whole_model(shape: str, device: str, dry_run: bool) -> None:
     """Scores and gradients in bf16 against float32 of the same weights: as near as the reference backend's in bf16."""

@@ -42,20 +42,31 @@ def run(*, device: str, limits: dict, data: Path | None, dry_run: bool) -> dict:
         made += peers(folder, queries, documents, num_pairs, device, check, dry_run)
         title = f"re-ranking from strings, {shape}, {len(some)} lists of {source}, {num_pairs} pairs"
         Comparison(title, "pairs", made).measure(3 if dry_run else 5)
-        for count in (10, 30, 100):
-            seconds = []
-            for number in range(3 if dry_run else 40):
-                one = some[number % len(some)]
-                started = time.perf_counter()
-                reranker.rank(one.query, list(one.documents[:count]))
-                seconds.append(time.perf_counter() - started)
-            ranked = sorted(seconds[1:])
-            p50, p95 = statistics.median(ranked) * 1e3, ranked[int(0.95 * (len(ranked) - 1))] * 1e3
-            lines.append(f"{shape}: one query, {count} documents: p50 {p50:.2f} ms, p95 {p95:.2f} ms")
+        lines += latency(shape, "", reranker, some, dry_run)
+        if not dry_run:
+            with_graphs = Reranker(folder, device=device, max_length=256, activation="none", cuda_graphs=True)
+            lines += latency(shape, ", CUDA graphs", with_graphs, some, dry_run)
+            del with_graphs
         del reranker, made
         if device == "cuda":
             torch.cuda.empty_cache()
     return {"lines": lines}
+
+
+def latency(shape: str, how: str, reranker: Reranker, lists, dry_run: bool) -> list[str]:
+    """Of one query with 10, 30 and 100 documents, one call after the other."""
+    lines = []
+    for count in (10, 30, 100):
+        seconds = []
+        for number in range(4 if dry_run else 60):
+            one = lists[number % len(lists)]
+            started = time.perf_counter()
+            reranker.rank(one.query, list(one.documents[:count]))
+            seconds.append(time.perf_counter() - started)
+        ranked = sorted(seconds[len(seconds) // 2 :])  # the first half meets every shape once
+        p50, p95 = statistics.median(ranked) * 1e3, ranked[int(0.95 * (len(ranked) - 1))] * 1e3
+        lines.append(f"{shape}{how}: one query, {count} documents: p50 {p50:.2f} ms, p95 {p95:.2f} ms")
+    return lines
 
 
 def peers(folder: Path, queries, documents, num_pairs: int, device: str, check, dry_run: bool) -> list[Contender]:

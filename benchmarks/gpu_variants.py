@@ -1,4 +1,4 @@
-"""Other numbers of warps and stages for the attention kernels: which are the fastest here, pair lengths mixed."""
+"""Other tiles, numbers of warps and stages for the attention kernels: which are the fastest here."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ from fastrank.kernels.attention import gpu
 from fastrank.kernels.configuration import Configuration
 
 CHANGES = ({"num_warps": 2}, {"num_warps": 4}, {"num_warps": 8}, {"num_stages": 1}, {"num_stages": 3})
+TILES = {  # queries and keys of a tile, for kernels whose launch follows them
+    "forward long": ((128, 64), (64, 128), (128, 128), (64, 32)),
+    "dq long": ((128, 64), (64, 32), (32, 64)),
+    "dkdv long": ((64, 64), (32, 128), (64, 128)),
+    "backward 128": ((16, 128), (64, 128)),
+}
 
 
 def run(*, device: str, limits: dict, data: Path | None, dry_run: bool) -> dict:
@@ -36,11 +42,18 @@ def names(head_dim: int) -> list[str]:
 
 def vary(name: str, length: str, inputs: Inputs) -> list[str]:
     kept, lines = gpu.CONFIGURATIONS[name], []
-    for changes in ({}, *CHANGES):
-        settings = {"num_warps": kept.num_warps, "num_stages": kept.num_stages} | changes
-        if changes and settings == {"num_warps": kept.num_warps, "num_stages": kept.num_stages}:
+    shipped = {key: kept.constants[key] for key in ("BLOCK_QUERIES", "BLOCK_KEYS")}
+    shipped |= {"num_warps": kept.num_warps, "num_stages": kept.num_stages}
+    tiles = TILES.get(" ".join(name.split()[:2]), ())
+    changed = [dict(zip(("BLOCK_QUERIES", "BLOCK_KEYS"), tile, strict=True)) for tile in tiles]
+    changed = [one | {"num_warps": warps} for one in changed for warps in (4, 8)]
+    for changes in ({}, *CHANGES, *changed):
+        settings = shipped | changes
+        if changes and settings == shipped:
             continue
-        gpu.CONFIGURATIONS[name] = Configuration(kept.kernel, kept.types, kept.constants, **settings)
+        numbers = {key: settings[key] for key in ("num_warps", "num_stages")}
+        constants = dict(kept.constants) | {key: settings[key] for key in ("BLOCK_QUERIES", "BLOCK_KEYS")}
+        gpu.CONFIGURATIONS[name] = Configuration(kept.kernel, kept.types, constants, **numbers)
         try:
             forward, both = seconds(inputs)
             result = f"forward {forward * 1e6:.1f} us, with backward {both * 1e6:.1f} us"

@@ -1,0 +1,59 @@
+"""Buckets of CUDA graphs: every batch fits its bucket, and what fills it up changes no score. Graphs need a GPU."""
+
+import numpy as np
+import pytest
+import torch
+from hub_models import make_checkpoint, random_pairs
+
+from fastrank import Reranker
+from fastrank.checkpoint import load_model
+from fastrank.model.graphs import LONGEST, MOST_TOKENS, Bucket, fill, find_bucket
+from fastrank.packing import pack_pairs
+
+
+@pytest.mark.parametrize("longest", [1, 5, 32, 33, 128, 300, 512])
+def test_every_batch_fits_its_bucket(longest):
+    random = np.random.default_rng(longest)
+    buckets = set()
+    for _ in range(300):
+        lengths = random.integers(1, longest + 1, random.integers(1, 400))
+        if lengths.sum() > MOST_TOKENS:
+            continue
+        batch = pack_pairs([(np.full(n, 7), np.zeros(n, int)) for n in lengths])
+        bucket = find_bucket(batch.num_tokens, batch.num_pairs, batch.max_pair_tokens)
+        assert bucket.longest in LONGEST and bucket.longest >= batch.max_pair_tokens
+        filled = fill(batch, bucket, (9, 1))
+        assert filled.num_tokens == bucket.num_tokens and filled.num_pairs == bucket.num_pairs
+        sizes = filled.pair_offsets.diff()
+        assert sizes.min() >= 1 and sizes.max() <= bucket.longest and filled.span == (1, bucket.longest)
+        assert torch.equal(filled.pair_offsets[: batch.num_pairs + 1], batch.pair_offsets)
+        assert torch.equal(filled.token_ids[: batch.num_tokens], batch.token_ids)
+        assert (filled.token_ids[batch.num_tokens :] == 9).all() and (filled.token_types[batch.num_tokens :] == 1).all()
+        starts = filled.pair_offsets[:-1].long()
+        assert not filled.positions[starts].any() and filled.positions.max() < bucket.longest
+        buckets.add(bucket)
+    assert len(buckets) < 60
+
+
+def test_what_has_no_bucket():
+    assert find_bucket(MOST_TOKENS + 1, 100, 200) is None and find_bucket(600, 1, 513) is None
+    assert find_bucket(0, 0, 0) is None
+    assert find_bucket(5, 1, 5) == Bucket(1024, 64, 32)  # 1,019 tokens more are 32 pairs of at most 32
+
+
+@pytest.mark.parametrize("kind", ["bert", "xlm-roberta"])
+def test_what_fills_a_bucket_changes_no_score(kind, tmp_path):
+    pairs = random_pairs(make_checkpoint(tmp_path, kind), [5, 90, 3, 40, 128])
+    model = load_model(tmp_path)
+    batch = pack_pairs(pairs)
+    bucket = find_bucket(batch.num_tokens, batch.num_pairs, batch.max_pair_tokens)
+    filled = fill(batch, bucket, (model.settings.first_position, 0))
+    with torch.no_grad():
+        expected, found = model.score(batch), model.score(filled)
+    assert found.isfinite().all()
+    assert torch.allclose(found[: len(expected)], expected, atol=1e-5)
+
+
+def test_a_cpu_has_no_graphs():
+    with pytest.raises(ValueError, match="cuda_graphs need a GPU, but the device is cpu"):
+        Reranker("a model that is not looked for", device="cpu", cuda_graphs=True)
