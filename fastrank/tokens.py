@@ -66,13 +66,13 @@ class PairTokenizer:
             raise ValueError("The tokenizer has no vocabulary; the folder needs a tokenizer.json.")
         self._tokenizer = tokenizer
         self._num_embeddings = math.inf if num_embeddings is None else num_embeddings
+        if (largest := max(tokenizer.backend_tokenizer.get_vocab().values())) > MAX_TOKEN_ID:
+            raise ValueError(f"The tokenizer has the token id {largest}; ids must be at most {MAX_TOKEN_ID}.")
         # A copy, since its owner may set truncation, padding or tokens; calls from several threads are safe because
         # nothing here changes it after these lines.
         self._backend = copy.deepcopy(tokenizer.backend_tokenizer)
         self._backend.no_truncation()
         self._backend.no_padding()
-        if (largest := max(self._backend.get_vocab().values())) > MAX_TOKEN_ID:
-            raise ValueError(f"The tokenizer has the token id {largest}; ids must be at most {MAX_TOKEN_ID}.")
         self._probe()
         num_special = len(self._prefix) + len(self._middle) + len(self._suffix)
         self.max_length = int(tokenizer.model_max_length if max_length is None else max_length)

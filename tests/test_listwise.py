@@ -40,7 +40,7 @@ def test_accuracy_of_a_thousand_documents(isa, case, variant):
 
 @pytest.mark.parametrize("variant", PLAIN)
 def test_accuracy_of_a_long_list(variant):
-    check(variant, *make(variant, "three tiers" if variant == "adr_mse" else "distinct", (5000,)), "cpu")
+    check(variant, *make(variant, "three tiers" if variant == "adr_mse" else "distinct", (2500,)), "cpu")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

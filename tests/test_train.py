@@ -572,7 +572,7 @@ def test_gradient_checkpointing_changes_no_gradient(checkpoint, tmp_path, precis
         )
         trainer = Trainer(config)
         layer, calls = trainer.model.encoder.layers[0], []
-        layer.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        layer.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         loss = float(trainer.step(lists, 5))
         assert len(calls) == 1 + recomputes
         gradients.append((loss, [one.grad.clone() for one in trainer.model.parameters() if one.grad is not None]))

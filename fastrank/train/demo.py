@@ -57,6 +57,8 @@ def demo_command(argv: Sequence[str]) -> int:
     started = time.perf_counter()
     base, folder = base_weights(), arguments.output_dir
     _say("reading the documentation strings of the standard library, numpy and torch")
+    check_folder(TrainConfig(model="first stage", train_data="the demo", output_dir=str(folder), overwrite=True))
+    _refuse_other_runs(folder)
     corpus = build_demo_corpus(
         num_development=max(1, arguments.num_queries // 5),
         num_test=arguments.num_queries,
@@ -80,8 +82,6 @@ def demo_command(argv: Sequence[str]) -> int:
         "overwrite": True,
     }
     second = TrainConfig(model="first stage", train_data=labelled, output_dir=str(folder), loss="lce", **shared)
-    check_folder(second)
-    _refuse_other_runs(folder)
     with tempfile.TemporaryDirectory() as stages:
         start = _start_weights(base, Path(stages) / "start")
         untrained = _cross_encoder_scores(start, corpus.test.lists[:UNTRAINED_QUERIES])
