@@ -165,7 +165,8 @@ def graphs_agree(device: str) -> None:
 
     model = make_model("MiniLM-L6").requires_grad_(False).to(device).to_precision("bf16")
     with torch.inference_mode():
-        graphs = Graphs(model.score, torch.device(device), (model.settings.first_position, 0))
+        filler = model.settings.first_position, 0
+        graphs = Graphs(model.score, torch.device(device), longest=model.max_pair_tokens, filler=filler)
         for lengths in ([90] * 10, [120, 30, 64] * 33, [8], [90] * 11, [500, 40]):
             batch = batch_of(lengths, model.settings.vocab_size, "cpu")
             expected, found = model.score(batch.to(device)), graphs.score(batch)

@@ -62,8 +62,8 @@ class Reranker:
         device: "cpu", "cuda", "cuda:1" ...; default: a GPU where torch finds one.
         dtype: "float32", "bf16", "fp16" (on a GPU) or "int8" (on a CPU): what matrix products are computed in, and on a
             GPU what lies between them; sums, weights and the head are float32. "auto" is float32 on a CPU and bf16 on a
-            GPU. int8 runs on a CPU: weights are quantised here, activations as they come, both with a
-            scale for 64 neighbours, without calibration.
+            GPU. For int8 weights are quantised here, activations as they come, both with a scale for 64 neighbours,
+            without calibration.
         max_length: tokens of a pair, special tokens included; default: what tokenizer and model allow.
         max_query_tokens, max_document_tokens: cut each side first; default: no such cut.
         max_batch_tokens: tokens of one forward pass; more need more memory.
@@ -71,8 +71,8 @@ class Reranker:
         activation: "none" for raw scores, "sigmoid"; default: what the checkpoint's config says, looked up as
             sentence-transformers does. The raw score of a model with two labels is log_softmax(logits)[1].
         deterministic: score every pair in a batch of its own, so that a document's score has the same bits whatever
-            else is in the call; on a CPU about 1.6 times slower for passages of 80 tokens. Without it the same call
-            with the same number of threads gives the same bits.
+            else is in the call; on a CPU about 1.6 times slower for passages of 80 tokens, on a GPU, which a pair alone
+            does not keep busy, far more. Without it the same call with the same number of threads gives the same bits.
         cuda_graphs: on a GPU, record the forward of batches of up to 16,384 tokens, in buckets of 1,024, and replay it:
             for the latency of single queries. Untested so far.
         revision, token, local_files_only: as in transformers.
@@ -134,7 +134,7 @@ class Reranker:
         )
         if cuda_graphs:
             filler = loaded.settings.first_position, 0  # any token but padding, from whose place RoBERTa counts on
-            self._graphs = Graphs(loaded.score, place, filler)
+            self._graphs = Graphs(loaded.score, place, longest=loaded.max_pair_tokens, filler=filler)
 
     @classmethod
     def from_parts(

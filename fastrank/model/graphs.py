@@ -71,12 +71,19 @@ def _up(number: int, step: int) -> int:
 class Graphs:
     """Scores of batches, each by the graph of its bucket; recorded the first time that a bucket is met.
 
-    score: PackedBatch on the device -> scores (pairs,), which must not wait for the device. filler: as in fill(). One
-    batch at a time: graphs share memory, and each has one place for its inputs.
+    score: PackedBatch on the device -> scores (pairs,), which must not wait for the device. longest: tokens that a pair
+    may have there. filler: as in fill(). One batch at a time: graphs share memory, and each has one place for inputs.
     """
 
-    def __init__(self, score: Callable[[PackedBatch], Tensor], device: torch.device, filler: tuple[int, int]) -> None:
-        self._score, self._device, self._filler = score, device, filler
+    def __init__(
+        self,
+        score: Callable[[PackedBatch], Tensor],
+        device: torch.device,
+        *,
+        longest: int,
+        filler: tuple[int, int],
+    ) -> None:
+        self._score, self._device, self._longest, self._filler = score, device, longest, filler
         self._graphs: dict[Bucket, tuple[torch.cuda.CUDAGraph, PackedBatch, Tensor]] = {}
         self._pool = None
         self._lock = threading.Lock()
@@ -84,7 +91,7 @@ class Graphs:
     def score(self, batch: PackedBatch) -> Tensor | None:
         """Scores of a batch that lies on the CPU, (pairs,) on the device; None where it fits no bucket."""
         bucket = find_bucket(batch.num_tokens, batch.num_pairs, batch.max_pair_tokens)
-        if bucket is None:
+        if bucket is None or bucket.longest > self._longest:
             return None
         filled = fill(batch, bucket, self._filler)
         with self._lock, torch.cuda.device(self._device):
