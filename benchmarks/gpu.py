@@ -1,10 +1,11 @@
 """Everything that waits for a GPU, in parts of a few minutes each: is it right, and how fast is it beside its peers.
 
-python benchmarks/gpu.py --part PART [--data DIR] [--output DIR]: first measures the machine's limits (copy bandwidth,
-bf16 matrix products), then runs a part of PARTS, or all of them, and merges what it found into
-OUTPUT/<gpu>-<commit>.json; a short table comes last. DIR holds TREC DL as FASTRANK_DATA/trec-dl does; without it texts
-are made up. --dry_run runs the same code with tiny shapes on the CPU, kernels in Triton's interpreter (correctness) or
-in C++ (the rest), and writes nothing. Needs the package built in place: python setup.py build_ext --inplace.
+python benchmarks/gpu.py --part PART [--data DIR] [--output DIR] [--commit NAME] [--large]: first measures the machine's
+limits (copy bandwidth, bf16 matrix products), then runs a part of PARTS, or all of them, and merges what it finds, as
+it comes, into OUTPUT/<gpu>-<commit>.json; tables come last. DIR holds TREC DL as FASTRANK_DATA/trec-dl does; without it
+texts are made up. --large adds XLM-R-large, which takes most of the time. --dry_run runs the same code with tiny shapes
+on the CPU, kernels in Triton's interpreter (correctness) or in C++ (the rest), and writes nothing. Needs the package
+built in place: python setup.py build_ext --inplace.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import re
 import sys
 import time
+import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,6 +54,7 @@ def main() -> int:
     parser.add_argument("--part", choices=(*PARTS, "all"), required=True)
     parser.add_argument("--data", type=Path, help="folder of TREC DL's files")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--large", action="store_true", help="XLM-R-large, too")
     parser.add_argument("--commit", help="of the code, where git is not there to tell")
     parser.add_argument("--dry_run", action="store_true", help="tiny shapes on the CPU; writes nothing")
     options = parser.parse_args()
@@ -77,14 +80,25 @@ def main() -> int:
         COMPARISONS.clear()
         started = time.perf_counter()
         module = importlib.import_module(f"gpu_{part}")
-        found = module.run(device=device, limits=top, data=options.data, dry_run=options.dry_run)
-        failures += found.pop("failures", 0)
-        found |= {"limits": top, "seconds": time.perf_counter() - started} | record(COMPARISONS)
+        found: dict = {"limits": top, "lines": []}
+        try:
+            for line in module.run(
+                device=device, limits=top, data=options.data, dry_run=options.dry_run, large=options.large
+            ):
+                print(line, flush=True)
+                found["lines"].append(line)
+                failures += line.startswith("WRONG")
+                if not options.dry_run:  # as it comes: a part that runs out of time leaves what it has
+                    merge(path, part, found | record(COMPARISONS))
+        except Exception as error:
+            found["error"] = f"{type(error).__name__}: {error}"
+            failures += 1
+            traceback.print_exc()
+        failures += sum(one.ours and bool(one.failure) for each in COMPARISONS for one in each.contenders)
+        found |= {"seconds": time.perf_counter() - started} | record(COMPARISONS)
         if not options.dry_run:
             merge(path, part, found)
         print(markdown(COMPARISONS) if COMPARISONS else json.dumps(found, indent=1))
-        for line in found.get("lines", []):
-            print(line)
         print(f"{part}: {found['seconds']:.0f} s", flush=True)
     return 1 if failures else 0
 

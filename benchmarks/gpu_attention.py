@@ -2,17 +2,18 @@
 
 Timed is the GPU alone, by replays of a CUDA graph. Counted are the bytes that must move (forward: q, k, v read, out
 written; backward: those and dout read, dq, dk, dv written) and the operations on real tokens. A contender's input is
-what it wants: packed or padded, projections of qkv side by side for all.
+what it wants: packed or padded; ours finds q, k and v side by side, as a projection leaves them, others in tensors of
+their own. Ours makes lists of tiles before the clock starts, as a model does once for all its layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from timing import Comparison, Contender, graphed
+from timing import Comparison, Contender, describe, graphed
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -20,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fastrank import ops
 
 LENGTHS = {"32": 32, "64": 64, "90, mixed": None, "128": 128, "256": 256, "512": 512}
+OURS = "fastrank"
 NUM_HEADS = 12
 NUM_TOKENS = 131072
 TOLERANCE = 0.02  # of a bf16 output or gradient, relative to its norm
@@ -71,95 +73,122 @@ class Inputs:
 
 
 def contenders(inputs: Inputs, device: str, dry_run: bool, with_flex: bool) -> dict[str, tuple[Callable, bool]]:
-    """By name: qkv -> out, and whether it takes the padded form."""
-    found: dict[str, tuple[Callable, bool]] = {"fastrank": (inputs.packed, False)}
+    """By name: q, k, v -> out, and whether it takes the padded form. Ours takes qkv, as a projection gives it."""
+    found: dict[str, tuple[Callable, bool]] = {OURS: (inputs.packed, False)}
     offsets, longest = inputs.offsets, inputs.longest
     if device == "cuda":
         from torch.nn.attention.varlen import varlen_attn
 
-        found["varlen_attn"] = (lambda qkv: varlen_attn(*qkv.unbind(1), offsets, offsets, longest, longest), False)
+        found["varlen_attn"] = (lambda q, k, v: varlen_attn(q, k, v, offsets, offsets, longest, longest), False)
     mask = inputs.real[:, None, None, :] if inputs.is_ragged else None
     for name, backend in (
         ("flash", SDPBackend.FLASH_ATTENTION),
         ("efficient", SDPBackend.EFFICIENT_ATTENTION),
-        ("cudnn", SDPBackend.CUDNN_ATTENTION),
         ("math", SDPBackend.MATH),
+        ("cudnn", SDPBackend.CUDNN_ATTENTION),
     ):
         if (name != "math") == dry_run or (name == "flash" and mask is not None):  # flash takes no mask
             continue
 
-        def padded(qkv, backend=backend):
-            q, k, v = (one.transpose(1, 2) for one in qkv.unbind(2))  # (pairs, heads, length, head_dim)
+        def padded(q, k, v, backend=backend):
+            q, k, v = (one.transpose(1, 2) for one in (q, k, v))  # (pairs, heads, length, head_dim)
             with sdpa_kernel(backend):
                 return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
         found[f"padded SDPA, {name}"] = (padded, True)
     if with_flex:
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-        pair = torch.repeat_interleave(torch.arange(len(inputs.lengths), device=device), offsets.diff())
-        block = create_block_mask(
-            lambda b, h, i, j: pair[i] == pair[j], None, None, len(pair), len(pair), device=device
-        )
-        compiled = torch.compile(flex_attention)
-
-        def flex(qkv):
-            q, k, v = (one.transpose(0, 1)[None] for one in qkv.unbind(1))
-            return compiled(q, k, v, block_mask=block)[0].transpose(0, 1)
-
-        found["FlexAttention"] = (flex, False)
+        try:
+            found["FlexAttention"] = (flex_attention_of(inputs, device), False)
+        except Exception as error:
+            print(f"FlexAttention: {describe(error)}", flush=True)
     return found
 
 
-def compare(title: str, inputs: Inputs, functions: dict, device: str, dry_run: bool, limits: dict) -> list[str]:
-    """Forward and forward with backward; returns lines of GB/s and TFLOP/s."""
-    tokens, _, heads, head_dim = inputs.qkv.shape
+def flex_attention_of(inputs: Inputs, device: str) -> Callable:
+    """FlexAttention with a mask of documents, made before the clock starts."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    pair = torch.repeat_interleave(torch.arange(len(inputs.lengths), device=device), inputs.offsets.diff())
+
+    def same_pair(b, h, i, j):
+        return pair[i] == pair[j]
+
+    block = torch.compile(create_block_mask)(same_pair, None, None, len(pair), len(pair), device=device)
+    compiled = torch.compile(flex_attention)
+
+    def flex(q, k, v):
+        q, k, v = (one.transpose(0, 1)[None] for one in (q, k, v))
+        return compiled(q, k, v, block_mask=block)[0].transpose(0, 1)
+
+    return flex
+
+
+def make_contender(name: str, function: Callable, is_padded: bool, inputs: Inputs, backward: bool) -> Contender:
+    """Output and, with backward, the gradients of what it reads: of qkv as one tensor for ours, of q, k and v as three
+    for others, so that nobody stacks."""
+    qkv = inputs.pad(inputs.qkv) if is_padded else inputs.qkv
+    upstream = inputs.pad(inputs.upstream) if is_padded else inputs.upstream
+    dim = 2 if is_padded else 1
+    given = [qkv] if name == OURS else qkv.unbind(dim)
+    leaves = [one.clone(memory_format=torch.contiguous_format).requires_grad_(backward) for one in given]
+
+    def once() -> tuple[Tensor, ...]:
+        out = function(*leaves)
+        return (out, *torch.autograd.grad(out, leaves, upstream)) if backward else (out,)
+
+    def check(results: tuple[Tensor, ...]) -> str | None:
+        out, *gradients = results
+        found = [out, *([gradients[0] if name == OURS else torch.stack(gradients, dim)] if backward else [])]
+        return inputs.check(tuple(one[inputs.real] for one in found) if is_padded else tuple(found))
+
+    num_bytes = (4 + 8 * backward) * upstream_bytes(inputs)
+    return Contender(name, once, num_bytes, ours=name == OURS, check=check)
+
+
+def upstream_bytes(inputs: Inputs) -> int:
+    """Of one of q, k, v and out, packed."""
+    return inputs.upstream.numel() * inputs.upstream.element_size()
+
+
+def compare(title: str, inputs: Inputs, functions: dict, device: str, dry_run: bool, limits: dict) -> Iterator[str]:
+    """Forward, and forward with backward; yields lines of GB/s and TFLOP/s."""
+    heads, head_dim = inputs.upstream.shape[1:]
     squares = float((inputs.lengths.astype(float) ** 2).sum())
-    lines = []
-    for phase in ("forward", "forward and backward"):
-        backward = phase != "forward"
-        size = tokens * heads * head_dim * inputs.qkv.element_size()
-        num_bytes, flop = (4 + 8 * backward) * size, (4 + 10 * backward) * squares * heads * head_dim
-        made = []
-        for name, (function, is_padded) in functions.items():
-            qkv = inputs.pad(inputs.qkv) if is_padded else inputs.qkv
-            upstream = inputs.pad(inputs.upstream) if is_padded else inputs.upstream
-            leaf = qkv.clone().requires_grad_(backward)
-
-            def once(function=function, leaf=leaf, upstream=upstream, backward=backward):
-                out = function(leaf)
-                return (out, *torch.autograd.grad(out, leaf, upstream)) if backward else (out,)
-
-            def check(results, is_padded=is_padded):
-                return inputs.check(tuple(one[inputs.real] for one in results) if is_padded else results)
-
-            made.append(Contender(name, once, num_bytes, ours=name == "fastrank", check=check))
-        comparison = Comparison(f"{title}, {phase}", "bytes", made, [], device)
+    for backward in (False, True):
+        flop = (4 + 10 * backward) * squares * heads * head_dim
+        made = [make_contender(name, *function, inputs, backward) for name, function in functions.items()]
+        notes = ["padded: all pairs to the longest"] if inputs.is_ragged else []
+        phase = "forward and backward" if backward else "forward"
+        comparison = Comparison(f"{title}, {phase}", "bytes", made, notes, device)
         try_measure(comparison, dry_run)
         for one in comparison.contenders:
-            if not one.failure:
-                share = one.rate / limits["copy_bytes_per_second"]
-                lines.append(
-                    f"{comparison.title:55s} {one.name:25s} {one.rate / 1e9:8.0f} GB/s {share:5.0%} of copy "
-                    f"{flop / one.median / 1e12:7.1f} TFLOP/s {one.median * 1e6:9.1f} us"
-                )
-    return lines
+            share = "" if one.failure else f"{one.rate / limits['copy_bytes_per_second']:.0%}"
+            yield f"{comparison.title:55s} {one.name:25s} " + (
+                one.failure
+                or f"{one.rate / 1e9:8.0f} GB/s {share:>5s} of copy {flop / one.median / 1e12:7.1f} TFLOP/s "
+                f"{one.median * 1e6:9.1f} us"
+            )
+        del made, comparison
+        if device == "cuda":
+            torch.cuda.empty_cache()
 
 
 def try_measure(comparison: Comparison, dry_run: bool) -> None:
     """A contender that cannot run here is a failure in the table, not the end of the script."""
     for one in comparison.contenders:
+        stream = torch.cuda.current_stream() if comparison.device == "cuda" else None
         try:
             one.run()
-            if comparison.device == "cuda":
+            if stream is not None:
                 one.run = graphed(one.run)
         except Exception as error:
-            one.failure = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
+            one.failure = describe(error)
+            if stream is not None:  # a capture that failed may have left its own behind
+                torch.cuda.set_stream(stream)
     comparison.measure(3 if dry_run else 7, shortest_round=0 if dry_run else 0.02)
 
 
-def run(*, device: str, limits: dict, data: Path | None, dry_run: bool) -> dict:
-    lines = []
+def run(*, device: str, limits: dict, data: Path | None, dry_run: bool, large: bool) -> Iterator[str]:
     dtype, tokens, heads = (torch.float32, 300, 2) if dry_run else (torch.bfloat16, NUM_TOKENS, NUM_HEADS)
     for head_dim in (32,) if dry_run else (32, 64):
         for name, length in LENGTHS.items():
@@ -167,10 +196,6 @@ def run(*, device: str, limits: dict, data: Path | None, dry_run: bool) -> dict:
                 continue
             inputs = Inputs(draw_lengths(length, tokens), head_dim, heads, device, dtype)
             functions = contenders(inputs, device, dry_run, length is None and head_dim == 64 and not dry_run)
-            lines += compare(
-                f"attention, length {name}, head dim {head_dim}", inputs, functions, device, dry_run, limits
-            )
+            title = f"attention, length {name}, head dim {head_dim}"
+            yield from compare(title, inputs, functions, device, dry_run, limits)
             del inputs, functions
-            if device == "cuda":
-                torch.cuda.empty_cache()
-    return {"lines": lines}

@@ -70,9 +70,9 @@ def make_model(shape: str, *, dropout: float | None = 0.0) -> CrossEncoder:
     return model.eval()
 
 
-def batch_of(lengths: Sequence[int], vocab_size: int, device: str) -> PackedBatch:
+def batch_of(lengths: Sequence[int], vocab_size: int, device: str, *, seed: int = 0) -> PackedBatch:
     """Random ids of pairs of these lengths."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     pairs = [(rng.integers(5, vocab_size, length), np.zeros(length, np.int64)) for length in lengths]
     return pack_pairs(pairs).to(device)
 

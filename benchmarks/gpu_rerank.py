@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from gpu_models import SHAPES, agrees, checkpoint, texts
+from gpu_models import agrees, checkpoint, texts
 from timing import Comparison, Contender
 
 from fastrank import Reranker
@@ -15,11 +16,10 @@ from fastrank import Reranker
 BATCH_SIZES = (32, 128, 512)
 
 
-def run(*, device: str, limits: dict, data: Path | None, dry_run: bool) -> dict:
-    lines = []
+def run(*, device: str, limits: dict, data: Path | None, dry_run: bool, large: bool) -> Iterator[str]:
     source, lists = texts(data, dry_run)
     num_pairs = sum(len(one.documents) for one in lists)
-    for shape in ("tiny",) if dry_run else [name for name in SHAPES if name != "MiniLM-L12"]:
+    for shape in ("tiny",) if dry_run else ("MiniLM-L6", "ELECTRA-base", *["XLM-R-large"] * large):
         folder = checkpoint(shape, data, dry_run)
         some = lists[: 10 if shape == "XLM-R-large" else None]
         num_pairs = sum(len(one.documents) for one in some)
@@ -40,15 +40,15 @@ def run(*, device: str, limits: dict, data: Path | None, dry_run: bool) -> dict:
         made += peers(folder, queries, documents, num_pairs, device, check, dry_run)
         title = f"re-ranking from strings, {shape}, {len(some)} lists of {source}, {num_pairs} pairs"
         Comparison(title, "pairs", made).measure(3 if dry_run else 5)
-        lines += latency(shape, "", reranker, some, dry_run)
+        yield title
+        yield from latency(shape, "", reranker, some, dry_run)
         if not dry_run:
             with_graphs = Reranker(folder, device=device, max_length=256, activation="none", cuda_graphs=True)
-            lines += latency(shape, ", CUDA graphs", with_graphs, some, dry_run)
+            yield from latency(shape, ", CUDA graphs", with_graphs, some, dry_run)
             del with_graphs
         del reranker, made
         if device == "cuda":
             torch.cuda.empty_cache()
-    return {"lines": lines}
 
 
 def latency(shape: str, how: str, reranker: Reranker, lists, dry_run: bool) -> list[str]:
@@ -57,7 +57,7 @@ def latency(shape: str, how: str, reranker: Reranker, lists, dry_run: bool) -> l
     for count in (10, 30, 100):
         seconds = []
         for number in range(4 if dry_run else 60):
-            one = lists[number % len(lists)]
+            one = lists[number % min(len(lists), 30)]
             started = time.perf_counter()
             reranker.rank(one.query, list(one.documents[:count]))
             seconds.append(time.perf_counter() - started)

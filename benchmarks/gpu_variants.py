@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from gpu_attention import LENGTHS, NUM_HEADS, NUM_TOKENS, Inputs, draw_lengths
-from timing import COMPARISONS, Comparison, Contender, graphed
+from timing import COMPARISONS, Comparison, Contender, describe, graphed
 
 from fastrank.kernels.attention import gpu
 from fastrank.kernels.configuration import Configuration
@@ -20,18 +21,15 @@ TILES = {  # queries and keys of a tile, for kernels whose launch follows them
 }
 
 
-def run(*, device: str, limits: dict, data: Path | None, dry_run: bool) -> dict:
-    if dry_run:  # there is nothing to choose without a GPU
-        return {"lines": [f"{len(names(32))} and {len(names(64))} kernels to vary"]}
-    lines = []
+def run(*, device: str, limits: dict, data: Path | None, dry_run: bool, large: bool) -> Iterator[str]:
     for head_dim in (32, 64):
-        for length in ("90, mixed", "512"):
+        if dry_run:  # there is nothing to choose without a GPU
+            yield f"{len(names(head_dim))} kernels of head dimension {head_dim} to vary"
+            continue
+        for name in names(head_dim):
+            length = {"32": "32", "64": "64", "128": "90, mixed"}.get(name.split()[1], "512")
             inputs = Inputs(draw_lengths(LENGTHS[length], NUM_TOKENS), head_dim, NUM_HEADS, device, torch.bfloat16)
-            for name in names(head_dim):
-                if length == "512" and " long " not in name:
-                    continue
-                lines += vary(name, length, inputs)
-    return {"lines": lines}
+            yield from vary(name, length, inputs)
 
 
 def names(head_dim: int) -> list[str]:
@@ -40,8 +38,8 @@ def names(head_dim: int) -> list[str]:
     return [name for name in gpu.CONFIGURATIONS if name.endswith(ends) and " few " not in name]
 
 
-def vary(name: str, length: str, inputs: Inputs) -> list[str]:
-    kept, lines = gpu.CONFIGURATIONS[name], []
+def vary(name: str, length: str, inputs: Inputs) -> Iterator[str]:
+    kept = gpu.CONFIGURATIONS[name]
     shipped = {key: kept.constants[key] for key in ("BLOCK_QUERIES", "BLOCK_KEYS")}
     shipped |= {"num_warps": kept.num_warps, "num_stages": kept.num_stages}
     tiles = TILES.get(" ".join(name.split()[:2]), ())
@@ -55,13 +53,12 @@ def vary(name: str, length: str, inputs: Inputs) -> list[str]:
         constants = dict(kept.constants) | {key: settings[key] for key in ("BLOCK_QUERIES", "BLOCK_KEYS")}
         gpu.CONFIGURATIONS[name] = Configuration(kept.kernel, kept.types, constants, **numbers)
         try:
-            forward, both = seconds(inputs)
+            forward, both = seconds(inputs)  # raises where the result is wrong
             result = f"forward {forward * 1e6:.1f} us, with backward {both * 1e6:.1f} us"
         except Exception as error:  # it does not fit
-            result = type(error).__name__
-        lines.append(f"{name}, length {length}, {settings}{' (shipped)' * (not changes)}: {result}")
+            result = describe(error)
+        yield f"{name}, length {length}, {settings}{' (shipped)' * (not changes)}: {result}"
     gpu.CONFIGURATIONS[name] = kept
-    return lines
 
 
 def seconds(inputs: Inputs) -> tuple[float, float]:
@@ -71,6 +68,10 @@ def seconds(inputs: Inputs) -> tuple[float, float]:
     def both() -> tuple[torch.Tensor, ...]:
         return torch.autograd.grad(inputs.packed(leaf), leaf, inputs.upstream)
 
+    out = inputs.packed(leaf)
+    wrong = inputs.check((out.detach(), *torch.autograd.grad(out, leaf, inputs.upstream)))
+    if wrong:
+        raise AssertionError(wrong)
     runs = {"forward": graphed(lambda: inputs.packed(inputs.qkv)), "both": graphed(both)}
     comparison = Comparison("", "runs", [Contender(name, run, 1) for name, run in runs.items()], [], "cuda")
     comparison.measure(3, shortest_round=0.005)

@@ -21,9 +21,11 @@ def machine() -> dict:
         if info.exists()
         else []
     )
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    )
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False).stdout
+    except OSError:  # no git here
+        commit = ""
     return {
         "cpu": names[0] if names else platform.processor(),
         "isa": _cpu.isa(),
@@ -32,7 +34,7 @@ def machine() -> dict:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "fastrank": fastrank.__version__,
-        "commit": commit.stdout.strip() or None,
+        "commit": commit.strip() or None,
     }
 
 

@@ -85,14 +85,15 @@ class Comparison:
         own. A round is one run, repeated where it is shorter than shortest_round (seconds)."""
         for one in self.contenders:
             if not one.failure:
-                wrong = one.check(one.run())  # doubles as the warm-up
-                one.failure = f"WRONG: {wrong}" if wrong else ""
+                self._check(one)
             if not one.failure and shortest_round:
                 one.repeats = math.ceil(shortest_round / min(self._seconds(one.run, 1) for _ in range(3)))
+        gc.collect()
         for _ in range(rounds):
             for one in self.contenders:
                 if not one.failure:
-                    gc.collect()
+                    if self.device == "cpu":
+                        gc.collect()
                     one.durations.append(self._seconds(one.run, one.repeats))
         for one in self.contenders:
             if memory and not one.failure:
@@ -101,6 +102,16 @@ class Comparison:
             one.run, one.check = _measured, _measured
         COMPARISONS.append(self)
         return self
+
+    def _check(self, one: Contender) -> None:
+        """Runs a contender once, which doubles as its warm-up. What goes wrong on a GPU is its failure alone."""
+        try:
+            wrong = one.check(one.run())
+            one.failure = f"WRONG: {wrong}" if wrong else ""
+        except Exception as error:
+            if self.device == "cpu":
+                raise
+            one.failure = describe(error)
 
     def _seconds(self, run: Callable[[], object], repeats: int) -> float:
         """The mean of so many runs, one straight after another."""
@@ -132,6 +143,11 @@ class Comparison:
         return max(
             (one for one in self.contenders if not one.ours and one.durations), key=lambda one: one.rate, default=None
         )
+
+
+def describe(error: Exception) -> str:
+    """An error in one short line."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}"
 
 
 def _measured(*_: object) -> None:

@@ -112,7 +112,8 @@ class Graphs:
                 self._score(inputs)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Other threads may go on allocating meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             scores = self._score(inputs)
         self._pool = self._pool or graph.pool()
         return graph, inputs, scores
