@@ -141,13 +141,8 @@ def make_contender(name: str, function: Callable, is_padded: bool, inputs: Input
         found = [out, *([gradients[0] if name == OURS else torch.stack(gradients, dim)] if backward else [])]
         return inputs.check(tuple(one[inputs.real] for one in found) if is_padded else tuple(found))
 
-    num_bytes = (4 + 8 * backward) * upstream_bytes(inputs)
+    num_bytes = (4 + 8 * backward) * inputs.upstream.numel() * inputs.upstream.element_size()
     return Contender(name, once, num_bytes, ours=name == OURS, check=check)
-
-
-def upstream_bytes(inputs: Inputs) -> int:
-    """Of one of q, k, v and out, packed."""
-    return inputs.upstream.numel() * inputs.upstream.element_size()
 
 
 def compare(title: str, inputs: Inputs, functions: dict, device: str, dry_run: bool, limits: dict) -> Iterator[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from accuracy import assert_accurate
+from attention_cases import cut
 from gpu_models import SHAPES, agrees, batch_of, make_model
 from listwise_cases import VARIANTS, make, options_of
 from torch import Tensor
@@ -17,10 +18,6 @@ from fastrank.kernels.attention import gpu as attention_kernels
 
 Case = tuple[str, Callable[[], None]]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def cut(lengths: Tensor, device: str) -> Tensor:
-    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int().to(device)
 
 
 def attention_cases(device: str, dry_run: bool, seed: int) -> Iterator[Case]:
@@ -38,7 +35,7 @@ def attention_cases(device: str, dry_run: bool, seed: int) -> Iterator[Case]:
     for dtype in (torch.float16,) if dry_run else DTYPES:
         for head_dim in attention_kernels.HEAD_DIMS[: 1 if dry_run else None]:
             for name, lengths in (("ragged", ragged), ("edges", edges)):
-                offsets = cut(lengths, device)
+                offsets = cut(lengths).to(device)
                 qkv = draw(int(lengths.sum()), 3, heads, head_dim).to(dtype).float()
 
                 def fused(backend, qkv, offsets=offsets):
@@ -50,8 +47,8 @@ def attention_cases(device: str, dry_run: bool, seed: int) -> Iterator[Case]:
                         run, {"qkv": qkv}, backend="gpu", dtype=dtype, device=device
                     ),
                 )
-            one = cut(torch.ones(len(edges), dtype=torch.int64), device)
-            offsets = cut(edges, device)
+            one = cut(torch.ones(len(edges), dtype=torch.int64)).to(device)
+            offsets = cut(edges).to(device)
             given = {
                 name: draw(len(edges) if name == "q" else int(edges.sum()), heads, head_dim).to(dtype).float()
                 for name in "qkv"
@@ -71,7 +68,7 @@ def attention_cases(device: str, dry_run: bool, seed: int) -> Iterator[Case]:
 
 def same_in_any_batch(device: str, dtype: torch.dtype, lengths: Tensor) -> None:
     """Outputs and gradients of each pair, bit for bit."""
-    offsets = cut(lengths, device)
+    offsets = cut(lengths).to(device)
     qkv = torch.randn(int(lengths.sum()), 3, 2, 64, device=device).to(dtype)
     upstream = torch.randn(len(qkv), 2, 64, device=device).to(dtype)
 
@@ -83,7 +80,7 @@ def same_in_any_batch(device: str, dtype: torch.dtype, lengths: Tensor) -> None:
     whole, starts = of(slice(None), offsets), offsets.tolist()
     for i, length in enumerate(lengths.tolist()):
         rows = slice(starts[i], starts[i + 1])
-        alone = of(rows, cut(lengths[i : i + 1], device))
+        alone = of(rows, cut(lengths[i : i + 1]).to(device))
         assert all(torch.equal(one, other[rows]) for one, other in zip(alone, whole, strict=True)), length
 
 

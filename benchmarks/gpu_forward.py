@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from gpu_models import SHAPES, agrees, checkpoint, texts, useful_flop
-from timing import Comparison, Contender
+from timing import Comparison, Contender, best_setting
 
 from fastrank import Reranker
 from fastrank.packing import pack_pairs, plan_batches
@@ -97,13 +97,7 @@ def peers(folder: Path, padded, num_pairs: int, device: str, check, *, compiles:
     """transformers in bf16, length-sorted, at the best of some batch sizes; as it is and compiled."""
     model = load(folder, device, torch.bfloat16)
     cuts = {size: cut(padded, size) for size in (64, 256, 1024)}
-    timed = {}
-    for size, parts in cuts.items():
-        score(model, parts)
-        timed[size] = min(
-            Comparison("", "", [], device=device)._seconds(lambda p=parts: score(model, p), 1) for _ in "12"
-        )
-    best = min(timed, key=timed.get)
+    best = best_setting(lambda size: lambda: score(model, cuts[size]).cpu(), list(cuts))  # which waits for the GPU
     made = [Contender(f"transformers bf16, by {best}", lambda: score(model, cuts[best]), num_pairs, check=check)]
     if compiles:  # it takes a minute
         compiled = torch.compile(model, dynamic=True)

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from workloads import read_lists
 
-from fastrank.data import RankingList, read_documents, read_queries, read_run
+from fastrank.data import RankingList
 from fastrank.model import CrossEncoder
 from fastrank.packing import PackedBatch, pack_pairs
 
@@ -114,15 +115,7 @@ def texts(data: Path | None, dry_run: bool) -> tuple[str, list[RankingList]]:
             for number, row in enumerate(sizes[:2, :8] if dry_run else sizes)
         ]
         return "made-up texts", made
-    documents = read_documents(data / "passages.msmarco-v1.dl19-dl20.jsonl.gz")
-    queries = read_queries(data / "queries.dl19.tsv")
-    run = read_run(data / "first_stage" / "BM25.dl19.run.gz")
-    lists = []
-    for name in sorted(run)[: 2 if dry_run else None]:
-        ids = sorted(run[name], key=lambda one: -run[name][one])[: 8 if dry_run else 100]
-        labels = [float(-i) for i in range(len(ids))]
-        lists.append(RankingList(queries[name], [documents[one] for one in ids], labels, name, ids))
-    return "dl19, BM25", lists
+    return "dl19, BM25", read_lists(data, *((2, 8) if dry_run else (43, 100)))
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from gpu_models import agrees, checkpoint, texts
-from timing import Comparison, Contender
+from timing import Comparison, Contender, best_setting
 
 from fastrank import Reranker
 
@@ -82,13 +82,10 @@ def peers(folder: Path, queries, documents, num_pairs: int, device: str, check, 
         activation_fn=torch.nn.Identity(),
     )
     pairs = [(query, text) for query, texts in zip(queries, documents, strict=True) for text in texts]
-    timed = {}
-    for size in BATCH_SIZES[: 1 if dry_run else None]:
-        model.predict(pairs[:size], batch_size=size, show_progress_bar=False)
-        started = time.perf_counter()
-        model.predict(pairs[:1000], batch_size=size, show_progress_bar=False)
-        timed[size] = time.perf_counter() - started
-    best = min(timed, key=timed.get)
+    best = best_setting(
+        lambda size: lambda: model.predict(pairs[:1000], batch_size=size, show_progress_bar=False),
+        list(BATCH_SIZES[: 1 if dry_run else None]),
+    )
     name = f"sentence-transformers {str(dtype).removeprefix('torch.')}, by {best}"
 
     def predict():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 import subprocess
 from pathlib import Path
@@ -12,6 +13,7 @@ from timing import Comparison
 import fastrank
 
 
+@functools.cache
 def machine() -> dict:
     from fastrank import _cpu
 

@@ -30,7 +30,11 @@ def ranking_lists(num_queries: int, num_documents: int) -> tuple[str, list[Ranki
         lists = [one for one in build_demo_corpus().test.lists if len(one.documents) >= num_documents][:num_queries]
         source = "the demo corpus (FASTRANK_DATA is not at hand)"
         return source, [_cut(one, num_documents) for one in lists]
-    folder = folder / "trec-dl"
+    return "dl19, BM25", read_lists(folder / "trec-dl", num_queries, num_documents)
+
+
+def read_lists(folder: Path, num_queries: int, num_documents: int) -> list[RankingList]:
+    """Of dl19's queries, `num_queries` spread over all, with BM25's first `num_documents`; folder: TREC DL's files."""
     documents = read_documents(folder / "passages.msmarco-v1.dl19-dl20.jsonl.gz")
     queries = read_queries(folder / "queries.dl19.tsv")
     run = read_run(folder / "first_stage" / "BM25.dl19.run.gz")
@@ -41,7 +45,7 @@ def ranking_lists(num_queries: int, num_documents: int) -> tuple[str, list[Ranki
         lists.append(
             RankingList(queries[query_id], texts, tuple(float(-i) for i in range(len(ids))), query_id, tuple(ids))
         )
-    return "dl19, BM25", lists
+    return lists
 
 
 def _cut(one: RankingList, count: int) -> RankingList:

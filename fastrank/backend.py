@@ -114,14 +114,14 @@ def choose(op: str, backend: str, tensor: Tensor) -> ModuleType:
     asked = *asked, _is_interpreted()
     if asked not in _choices:
         found = _find(op, backend, tensor)
-        name = found.__name__.rpartition(".")[2]
-        if backend == "auto" and name in (*UNTESTED, "reference"):
-            return found  # with a warning, which is given once
-        _choices[asked] = found
+        if found in (*UNTESTED, "reference"):
+            return _kernel(op, found)  # with a warning where nobody asked for it
+        _choices[asked] = _kernel(op, found)
     return _choices[asked]
 
 
-def _find(op: str, backend: str, tensor: Tensor) -> ModuleType:
+def _find(op: str, backend: str, tensor: Tensor) -> str:
+    """The backend that choose() takes."""
     origin = ""
     if backend == "auto":
         backend = os.environ.get("FASTRANK_BACKEND") or "auto"
@@ -133,14 +133,14 @@ def _find(op: str, backend: str, tensor: Tensor) -> ModuleType:
             if tensor.device.type == DEVICE_TYPES[candidate] and not refusals(op, candidate, tensor):
                 if candidate in UNTESTED:
                     _warn_of_untested(op, candidate, tensor)
-                return _kernel(op, candidate)
+                return candidate
         _warn_of_reference(op, tensor)
-        return _kernel(op, "reference")
+        return "reference"
     if backend not in BACKENDS:
         raise ValueError(f"There is no backend {backend!r}{origin}; known are auto, {', '.join(BACKENDS)}.")
     if sentences := refusals(op, backend, tensor):
         raise BackendRefused(f"The backend {backend!r}{origin} cannot run {op}: {' '.join(sentences)}")
-    return _kernel(op, backend)
+    return backend
 
 
 def _warn_of_untested(op: str, backend: str, tensor: Tensor) -> None:

@@ -540,9 +540,14 @@ def find_device(device: str | torch.device | None) -> torch.device:
     return found
 
 
+def default_dtype(device: torch.device) -> str:
+    """What "auto" means there."""
+    return "bf16" if device.type == "cuda" else "float32"
+
+
 def _find_dtype(dtype: str | torch.dtype, device: torch.device) -> str:
     if isinstance(dtype, str) and dtype == "auto":
-        return "bf16" if device.type == "cuda" else "float32"
+        return default_dtype(device)
     name = DTYPES.get(dtype) if isinstance(dtype, (str, torch.dtype)) else None
     if name is None:
         raise ValueError(f"dtype {dtype!r} is unknown; available are auto, {', '.join(AVAILABLE_DTYPES)}.")

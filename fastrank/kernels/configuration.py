@@ -28,6 +28,13 @@ NUMBERS = {int: "i32", float: "fp32"}
 
 
 ALIGNMENT = 16  # bytes: the widest load of a thread
+STEP = tl.constexpr(8)  # rows are counted in steps of 8 numbers, so that the compiler knows them to be aligned
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what kernels that take hidden states are made for
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """As it stands in the names of configurations."""
+    return str(dtype).removeprefix("torch.")
 
 
 def kernel(function: Callable | None = None, *, aligned: Collection[str] = ()) -> Callable:
@@ -92,6 +99,23 @@ class Configuration:
     def options(self) -> dict[str, object]:
         # Fusing is asked for: triton 3.10 no longer does it by itself.
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+
+
+def configure(
+    kernel: Callable,
+    types: Mapping[str, str],
+    constants: Mapping[str, object],
+    num_warps: int = 4,
+    num_stages: int = 1,
+) -> Configuration:
+    """The configuration of a kernel whose arguments have these types, by name without _ptr; numbers that have none are
+    i32. KeyError for a pointer that has none."""
+    known = {}
+    for name in kernel.arg_names:
+        if name not in constants:
+            what = name.removesuffix("_ptr")
+            known[name] = types[what] if what in types or what != name else "i32"
+    return Configuration(kernel, known, constants, num_warps, num_stages)
 
 
 class Table(dict[str, Configuration]):

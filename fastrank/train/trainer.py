@@ -21,7 +21,7 @@ from fastrank.data import RankingList
 from fastrank.losses import Loss, WeightedSum, count_terms, resolve_loss
 from fastrank.model import CrossEncoder
 from fastrank.packing import Pair, pack_lists, plan_chunks, send
-from fastrank.reranker import Reranker, find_device, load_parts
+from fastrank.reranker import Reranker, default_dtype, find_device, load_parts
 
 from .config import TrainConfig
 from .processes import Processes
@@ -62,8 +62,7 @@ class Trainer:
             dropout=config.dropout,
         )
         self.model = model.to(self.device)
-        on_gpu = self.device.type == "cuda"
-        self.precision = {"auto": "bf16" if on_gpu else "float32"}.get(config.precision, config.precision)
+        self.precision = default_dtype(self.device) if config.precision == "auto" else config.precision
         if self.precision != "float32":
             self.model.to_precision(self.precision)
         self.max_batch_tokens = config.max_batch_tokens or DEFAULT_MAX_BATCH_TOKENS[self.device.type]

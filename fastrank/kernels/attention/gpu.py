@@ -17,32 +17,33 @@ from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fastrank.kernels.attention import gpu_kernels
-from fastrank.kernels.configuration import POINTERS, Configuration, Table
+from fastrank.kernels.configuration import (
+    ALIGNMENT,
+    FLOATS,
+    POINTERS,
+    STEP,
+    Configuration,
+    Table,
+    align,
+    configure,
+    name_of,
+)
 
 HEAD_DIMS = (32, 64, 128)
 # Pairs of up to so many tokens are one tile of keys; a forward program takes the second number of queries of one.
 SHORT_TILES = {32: 32, 64: 64, 128: 64}
-LONG = 128  # the longest of these
 FEW = 16  # queries of a tile where queries have offsets of their own: the fewest that a matrix unit takes
-STEP = gpu_kernels.STEP.value
 LOG2_E = math.log2(math.e)
-FULL = ("highest", "log_totals", "delta")  # arguments that are float32 beside inputs of any dtype
+ENDS = ("begins", "ends")
 
 
 def _configure(
     kernel: Callable, dtype: torch.dtype, num_warps: int, num_stages: int = 1, **constants: object
 ) -> Configuration:
-    own = {"q", "k", "v", "out", "dout", "dq", "dk", "dv"}
-    types = {}
-    for name in kernel.arg_names:
-        what = name.removesuffix("_ptr")
-        if name in constants:
-            continue
-        if what == name:
-            types[name] = "fp32" if name == "scale" else "i32"
-        else:
-            types[name] = POINTERS[dtype] if what in own else "*fp32" if what in FULL else "*i32"
-    return Configuration(kernel, types, constants, num_warps, num_stages)
+    types = dict.fromkeys(("q", "k", "v", "out", "dout", "dq", "dk", "dv"), POINTERS[dtype]) | {"scale": "fp32"}
+    types |= dict.fromkeys(("highest", "log_totals", "delta"), "*fp32")
+    types |= dict.fromkeys(("tiles", *(f"{side}{end}" for side in ("", "query_", "key_") for end in ENDS)), "*i32")
+    return configure(kernel, types, constants, num_warps, num_stages)
 
 
 def _configurations(dtype: torch.dtype, head_dim: int) -> dict[str, Configuration]:
@@ -88,8 +89,8 @@ def _configurations(dtype: torch.dtype, head_dim: int) -> dict[str, Configuratio
 
 CONFIGURATIONS = Table(
     {
-        f"{name} {str(dtype).removeprefix('torch.')} {head_dim}": configuration
-        for dtype in (torch.bfloat16, torch.float16, torch.float32)
+        f"{name} {name_of(dtype)} {head_dim}": configuration
+        for dtype in FLOATS
         for head_dim in HEAD_DIMS
         for name, configuration in _configurations(dtype, head_dim).items()
     }
@@ -227,8 +228,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, cuts: Cuts, scale: float, allocate:
 
 def _aligned(tensor: Tensor) -> Tensor:
     """The tensor, or a copy of it where its rows do not begin at multiples of 16 bytes."""
-    stands = tensor.data_ptr() % 16 == 0 and all(
-        stride % STEP == 0 for stride, size in zip(tensor.stride()[:-1], tensor.shape, strict=False) if size > 1
+    stands = tensor.data_ptr() % ALIGNMENT == 0 and all(
+        stride % STEP.value == 0 for stride, size in zip(tensor.stride()[:-1], tensor.shape, strict=False) if size > 1
     )
     return (
         tensor
@@ -239,12 +240,12 @@ def _aligned(tensor: Tensor) -> Tensor:
 
 def _steps(*tensors: Tensor) -> list[int]:
     """How far tokens and heads of each lie apart."""
-    return [stride // STEP for tensor in tensors for stride in tensor.stride()[:2]]
+    return [stride // STEP.value for tensor in tensors for stride in tensor.stride()[:2]]
 
 
 @functools.cache
 def _full_name(name: str, dtype: torch.dtype, head_dim: int) -> str:
-    return f"{name} {str(dtype).removeprefix('torch.')} {head_dim}"
+    return f"{name} {name_of(dtype)} {head_dim}"
 
 
 def _launch(name: str, like: Tensor, num_programs: int, *arguments: Tensor | int | float) -> None:
@@ -300,11 +301,11 @@ def _backward(
 ) -> None:
     if not (q.numel() or k.numel()):
         return
-    dout = _aligned(dout.contiguous())
+    dout = align(dout)
     rows = cuts.query_begins, cuts.query_ends, cuts.key_begins, cuts.key_ends
     heads = q.shape[1]
     dq, dk, dv = gradients
-    dq_step, dk_step, dv_step = (gradient.stride(0) // STEP for gradient in gradients)
+    dq_step, dk_step, dv_step = (gradient.stride(0) // STEP.value for gradient in gradients)
     steps = _steps(q, k, v)
     scale *= LOG2_E
     above = 0

@@ -9,9 +9,8 @@ scores of any size keep the digits of their differences. Sums are float32; produ
 import triton
 from triton import language as tl
 
-from fastrank.kernels.configuration import kernel
+from fastrank.kernels.configuration import STEP, kernel
 
-STEP = tl.constexpr(8)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
@@ -29,6 +28,13 @@ def find_tile(tiles_ptr, num_heads, TILES_PER_PAIR: tl.constexpr, BLOCK: tl.cons
         pair = tl.load(tiles_ptr + 2 * tile)
         first_row = tl.load(tiles_ptr + 2 * tile + 1)
     return pair, head, first_row
+
+
+@triton.jit
+def find_rows(begins_ptr, ends_ptr, pair):
+    """The first row of a pair, and how many it has."""
+    begin = tl.load(begins_ptr + pair)
+    return begin, tl.load(ends_ptr + pair) - begin
 
 
 @triton.jit
@@ -91,10 +97,8 @@ def attention_forward_kernel(
     pair, head, first_row = find_tile(tiles_ptr, num_heads, TILES_PER_PAIR, BLOCK_QUERIES)
     if pair < 0:
         return
-    query_begin = tl.load(query_begins_ptr + pair)
-    key_begin = tl.load(key_begins_ptr + pair)
-    length = tl.load(query_ends_ptr + pair) - query_begin
-    num_keys = tl.load(key_ends_ptr + pair) - key_begin
+    query_begin, length = find_rows(query_begins_ptr, query_ends_ptr, pair)
+    key_begin, num_keys = find_rows(key_begins_ptr, key_ends_ptr, pair)
     if TILES_PER_PAIR > 0:
         if (num_keys < MIN_KEYS) | (num_keys > BLOCK_KEYS) | (first_row >= length):
             return
@@ -170,8 +174,7 @@ def attention_backward_kernel(
     program = tl.program_id(0)
     head = program % num_heads
     pair = program // num_heads
-    begin = tl.load(begins_ptr + pair)
-    length = tl.load(ends_ptr + pair) - begin
+    begin, length = find_rows(begins_ptr, ends_ptr, pair)
     if (length < MIN_KEYS) | (length > BLOCK_KEYS):
         return
     keys = tl.arange(0, BLOCK_KEYS)
@@ -243,10 +246,8 @@ def attention_dq_kernel(
     pair, head, first_row = find_tile(tiles_ptr, num_heads, 0, BLOCK_QUERIES)
     if pair < 0:
         return
-    query_begin = tl.load(query_begins_ptr + pair)
-    key_begin = tl.load(key_begins_ptr + pair)
-    length = tl.load(query_ends_ptr + pair) - query_begin
-    num_keys = tl.load(key_ends_ptr + pair) - key_begin
+    query_begin, length = find_rows(query_begins_ptr, query_ends_ptr, pair)
+    key_begin, num_keys = find_rows(key_begins_ptr, key_ends_ptr, pair)
     rows = first_row + tl.arange(0, BLOCK_QUERIES)
     q = load_rows(place(q_ptr, query_begin, q_token_step, head, q_head_step), rows, length, q_token_step, HEAD_DIM)
     out_step = num_heads * (HEAD_DIM // STEP)
@@ -321,10 +322,8 @@ def attention_dkdv_kernel(
     pair, head, first_row = find_tile(tiles_ptr, num_heads, 0, BLOCK_KEYS)
     if pair < 0:
         return
-    query_begin = tl.load(query_begins_ptr + pair)
-    key_begin = tl.load(key_begins_ptr + pair)
-    length = tl.load(query_ends_ptr + pair) - query_begin
-    num_keys = tl.load(key_ends_ptr + pair) - key_begin
+    query_begin, length = find_rows(query_begins_ptr, query_ends_ptr, pair)
+    key_begin, num_keys = find_rows(key_begins_ptr, key_ends_ptr, pair)
     keys = first_row + tl.arange(0, BLOCK_KEYS)
     k = load_rows(place(k_ptr, key_begin, k_token_step, head, k_head_step), keys, num_keys, k_token_step, HEAD_DIM)
     v = load_rows(place(v_ptr, key_begin, v_token_step, head, v_head_step), keys, num_keys, v_token_step, HEAD_DIM)

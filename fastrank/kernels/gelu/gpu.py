@@ -12,9 +12,18 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from triton import language as tl
 
-from fastrank.kernels.configuration import POINTERS, Configuration, Table, align, kernel
+from fastrank.kernels.configuration import (
+    FLOATS,
+    POINTERS,
+    STEP,
+    Configuration,
+    Table,
+    align,
+    configure,
+    kernel,
+    name_of,
+)
 
-STEP = tl.constexpr(8)  # rows are counted in steps of 8 numbers, so that the compiler knows them to be aligned
 BLOCK_ROWS, BLOCK_COLUMNS = 8, 256
 MOST_PROGRAMS = 1024  # of the backward
 
@@ -93,21 +102,17 @@ def gelu_backward_kernel(
 
 
 def _configure(kernel: Callable, dtype: torch.dtype, tanh_form: bool) -> Configuration:
+    types = dict.fromkeys(("x", "out", "dout", "dx"), POINTERS[dtype]) | {"bias": "*fp32", "sums": "*fp32"}
     constants = {"TANH_FORM": tanh_form, "BLOCK_ROWS": BLOCK_ROWS, "BLOCK_COLUMNS": BLOCK_COLUMNS}
-    types = {
-        name: "i32" if not name.endswith("_ptr") else "*fp32" if name in ("bias_ptr", "sums_ptr") else POINTERS[dtype]
-        for name in kernel.arg_names
-        if name not in constants
-    }
-    return Configuration(kernel, types, constants)
+    return configure(kernel, types, constants)
 
 
 CONFIGURATIONS = Table(
     {
-        f"{name} {form} {str(dtype).removeprefix('torch.')}": _configure(kernel, dtype, form == "tanh")
+        f"{name} {form} {name_of(dtype)}": _configure(kernel, dtype, form == "tanh")
         for name, kernel in (("forward", gelu_forward_kernel), ("backward", gelu_backward_kernel))
         for form in ("erf", "tanh")
-        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+        for dtype in FLOATS
     }
 )
 
@@ -125,8 +130,8 @@ def bias_gelu(x: Tensor, bias: Tensor, tanh_form: bool) -> Tensor:
 
 
 def _launch(name: str, like: Tensor, tanh_form: bool, num_programs: int, *arguments: Tensor | int) -> None:
-    form, dtype = "tanh" if tanh_form else "erf", str(like.dtype).removeprefix("torch.")
-    CONFIGURATIONS.launch(f"{name} {form} {dtype}", num_programs, *arguments)
+    form = "tanh" if tanh_form else "erf"
+    CONFIGURATIONS.launch(f"{name} {form} {name_of(like.dtype)}", num_programs, *arguments)
 
 
 def _forward(x: Tensor, bias: Tensor, tanh_form: bool) -> Tensor:

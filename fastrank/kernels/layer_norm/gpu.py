@@ -13,13 +13,21 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from triton import language as tl
 
-from fastrank.kernels.configuration import POINTERS, Configuration, Table, align, kernel
+from fastrank.kernels.configuration import (
+    FLOATS,
+    POINTERS,
+    STEP,
+    Configuration,
+    Table,
+    align,
+    configure,
+    kernel,
+    name_of,
+)
 
-STEP = tl.constexpr(8)  # rows are counted in steps of 8 numbers, so that the compiler knows them to be aligned
 WIDTHS = (512, 1024, 2048)  # of a tile: the least that holds a row is taken
 TILE = 2048  # numbers of a tile
 MOST_PROGRAMS = 512  # that sum over rows
-NUMBER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @triton.jit
@@ -58,22 +66,67 @@ def sum_vectors(
 
 
 @triton.jit
-def normalise(summed, inside, weight, bias, num_columns, eps):
+def write_normalised(
+    summed,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    means_ptr,
+    inverses_ptr,
+    rows,
+    num_rows,
+    columns,
+    inside,
+    num_steps,
+    eps,
+):
     """Rows of LayerNorm, their means and inverse deviations."""
+    num_columns = num_steps * STEP
+    weight = tl.load(weight_ptr + columns, mask=columns < num_columns, other=0.0)
+    bias = tl.load(bias_ptr + columns, mask=columns < num_columns, other=0.0)
     mean = tl.sum(summed, 1) / num_columns
     centred = tl.where(inside, summed - mean[:, None], 0.0)
     inverse = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / num_columns + eps)
-    return centred * inverse[:, None] * weight[None, :] + bias[None, :], mean, inverse
+    out = centred * inverse[:, None] * weight[None, :] + bias[None, :]
+    store_rows(out_ptr, out, rows, columns, inside, num_steps)
+    tl.store(means_ptr + rows, mean, mask=rows < num_rows)
+    tl.store(inverses_ptr + rows, inverse, mask=rows < num_rows)
 
 
 @triton.jit
-def differentiate(summed, dout, inside, weight, mean, inverse, num_columns):
-    """The gradient of the summed rows, and the normalised rows."""
+def differentiate(
+    summed,
+    weight,
+    means_ptr,
+    inverses_ptr,
+    dout_ptr,
+    dx_ptr,
+    rows,
+    num_rows,
+    columns,
+    inside,
+    num_steps,
+):
+    """Writes the gradient of the summed rows; returns what they add to dweight and to dbias."""
+    num_columns = num_steps * STEP
+    dout = load_rows(dout_ptr, rows, columns, inside, num_steps)
+    mean = tl.load(means_ptr + rows, mask=rows < num_rows, other=0.0)
+    inverse = tl.load(inverses_ptr + rows, mask=rows < num_rows, other=0.0)
     normal = tl.where(inside, (summed - mean[:, None]) * inverse[:, None], 0.0)
     dnormal = dout * weight[None, :]
     shift = tl.sum(dnormal, 1) / num_columns
     slope = tl.sum(dnormal * normal, 1) / num_columns
-    return (dnormal - shift[:, None] - normal * slope[:, None]) * inverse[:, None], normal
+    dx = (dnormal - shift[:, None] - normal * slope[:, None]) * inverse[:, None]
+    store_rows(dx_ptr, dx, rows, columns, inside, num_steps)
+    return dout * normal, dout
+
+
+@triton.jit
+def store_sums(sums_ptr, dweight, dbias, columns, num_columns):
+    """This program's part of dweight and dbias."""
+    sums_at = sums_ptr + tl.program_id(0) * (2 * num_columns) + columns
+    tl.store(sums_at, tl.sum(dweight, 0), mask=columns < num_columns)
+    tl.store(sums_at + num_columns, tl.sum(dbias, 0), mask=columns < num_columns)
 
 
 @kernel(aligned=("x", "residual", "weight", "bias", "out", "dout", "dx"))
@@ -97,15 +150,23 @@ def layer_norm_forward_kernel(
     columns = tl.arange(0, BLOCK_COLUMNS)
     num_columns = num_steps * STEP
     inside = (rows[:, None] < num_rows) & (columns[None, :] < num_columns)
-    weight = tl.load(weight_ptr + columns, mask=columns < num_columns, other=0.0)
-    bias = tl.load(bias_ptr + columns, mask=columns < num_columns, other=0.0)
     summed = load_rows(x_ptr, rows, columns, inside, num_steps)
     with_residual = inside & (rows[:, None] < num_rows * has_residual)
     summed += load_rows(residual_ptr, rows, columns, with_residual, num_steps)
-    out, mean, inverse = normalise(summed, inside, weight, bias, num_columns, eps)
-    store_rows(out_ptr, out, rows, columns, inside, num_steps)
-    tl.store(means_ptr + rows, mean, mask=rows < num_rows)
-    tl.store(inverses_ptr + rows, inverse, mask=rows < num_rows)
+    write_normalised(
+        summed,
+        weight_ptr,
+        bias_ptr,
+        out_ptr,
+        means_ptr,
+        inverses_ptr,
+        rows,
+        num_rows,
+        columns,
+        inside,
+        num_steps,
+        eps,
+    )
 
 
 @kernel(aligned=("x", "residual", "weight", "bias", "out", "dout", "dx"))
@@ -138,16 +199,22 @@ def layer_norm_backward_kernel(
         summed = load_rows(x_ptr, rows, columns, inside, num_steps)
         with_residual = inside & (rows[:, None] < num_rows * has_residual)
         summed += load_rows(residual_ptr, rows, columns, with_residual, num_steps)
-        dout = load_rows(dout_ptr, rows, columns, inside, num_steps)
-        mean = tl.load(means_ptr + rows, mask=rows < num_rows, other=0.0)
-        inverse = tl.load(inverses_ptr + rows, mask=rows < num_rows, other=0.0)
-        dx, normal = differentiate(summed, dout, inside, weight, mean, inverse, num_columns)
-        store_rows(dx_ptr, dx, rows, columns, inside, num_steps)
-        dweight += dout * normal
-        dbias += dout
-    sums_at = sums_ptr + tl.program_id(0) * (2 * num_columns) + columns
-    tl.store(sums_at, tl.sum(dweight, 0), mask=columns < num_columns)
-    tl.store(sums_at + num_columns, tl.sum(dbias, 0), mask=columns < num_columns)
+        for_weight, for_bias = differentiate(
+            summed,
+            weight,
+            means_ptr,
+            inverses_ptr,
+            dout_ptr,
+            dx_ptr,
+            rows,
+            num_rows,
+            columns,
+            inside,
+            num_steps,
+        )
+        dweight += for_weight
+        dbias += for_bias
+    store_sums(sums_ptr, dweight, dbias, columns, num_columns)
 
 
 @kernel(aligned=("words", "types", "places", "weight", "bias", "out", "dout", "dx"))
@@ -174,8 +241,6 @@ def embedding_norm_forward_kernel(
     columns = tl.arange(0, BLOCK_COLUMNS)
     num_columns = num_steps * STEP
     inside = (rows[:, None] < num_rows) & (columns[None, :] < num_columns)
-    weight = tl.load(weight_ptr + columns, mask=columns < num_columns, other=0.0)
-    bias = tl.load(bias_ptr + columns, mask=columns < num_columns, other=0.0)
     summed = sum_vectors(
         token_ids_ptr,
         token_types_ptr,
@@ -189,10 +254,20 @@ def embedding_norm_forward_kernel(
         inside,
         num_steps,
     )
-    out, mean, inverse = normalise(summed, inside, weight, bias, num_columns, eps)
-    store_rows(out_ptr, out, rows, columns, inside, num_steps)
-    tl.store(means_ptr + rows, mean, mask=rows < num_rows)
-    tl.store(inverses_ptr + rows, inverse, mask=rows < num_rows)
+    write_normalised(
+        summed,
+        weight_ptr,
+        bias_ptr,
+        out_ptr,
+        means_ptr,
+        inverses_ptr,
+        rows,
+        num_rows,
+        columns,
+        inside,
+        num_steps,
+        eps,
+    )
 
 
 @kernel(aligned=("words", "types", "places", "weight", "bias", "out", "dout", "dx"))
@@ -237,46 +312,44 @@ def embedding_norm_backward_kernel(
             inside,
             num_steps,
         )
-        dout = load_rows(dout_ptr, rows, columns, inside, num_steps)
-        mean = tl.load(means_ptr + rows, mask=rows < num_rows, other=0.0)
-        inverse = tl.load(inverses_ptr + rows, mask=rows < num_rows, other=0.0)
-        dx, normal = differentiate(summed, dout, inside, weight, mean, inverse, num_columns)
-        store_rows(dx_ptr, dx, rows, columns, inside, num_steps)
-        dweight += dout * normal
-        dbias += dout
-    sums_at = sums_ptr + tl.program_id(0) * (2 * num_columns) + columns
-    tl.store(sums_at, tl.sum(dweight, 0), mask=columns < num_columns)
-    tl.store(sums_at + num_columns, tl.sum(dbias, 0), mask=columns < num_columns)
+        for_weight, for_bias = differentiate(
+            summed,
+            weight,
+            means_ptr,
+            inverses_ptr,
+            dout_ptr,
+            dx_ptr,
+            rows,
+            num_rows,
+            columns,
+            inside,
+            num_steps,
+        )
+        dweight += for_weight
+        dbias += for_bias
+    store_sums(sums_ptr, dweight, dbias, columns, num_columns)
 
 
 def _configure(kernel: Callable, dtype: torch.dtype, width: int) -> Configuration:
-    of_stream = {"x_ptr", "residual_ptr", "out_ptr", "dout_ptr"}
-    if kernel is layer_norm_backward_kernel:
-        of_stream.add("dx_ptr")
-    constants = {"BLOCK_ROWS": TILE // width, "BLOCK_COLUMNS": width}
-    types = {}
-    for name in kernel.arg_names:
-        if name in constants:
-            continue
-        if name in ("token_ids_ptr", "token_types_ptr", "positions_ptr"):
-            types[name] = "*i64"
-        elif name.endswith("_ptr"):
-            types[name] = POINTERS[dtype] if name in of_stream else "*fp32"
-        else:
-            types[name] = "fp32" if name == "eps" else "i32"
-    return Configuration(kernel, types, constants)
+    names = {name.removesuffix("_ptr") for name in kernel.arg_names if name.endswith("_ptr")}
+    types = dict.fromkeys(names, "*fp32") | {"eps": "fp32"}
+    types |= dict.fromkeys(("token_ids", "token_types", "positions"), "*i64")
+    types |= dict.fromkeys(("x", "residual", "out", "dout"), POINTERS[dtype])
+    if kernel is layer_norm_backward_kernel:  # the gradient of hidden states; that of embeddings is float32
+        types["dx"] = POINTERS[dtype]
+    return configure(kernel, types, {"BLOCK_ROWS": TILE // width, "BLOCK_COLUMNS": width})
 
 
 CONFIGURATIONS = Table(
     {
-        f"{name} {str(dtype).removeprefix('torch.')} {width}": _configure(kernel, dtype, width)
+        f"{name} {name_of(dtype)} {width}": _configure(kernel, dtype, width)
         for name, kernel in (
             ("forward", layer_norm_forward_kernel),
             ("backward", layer_norm_backward_kernel),
             ("embedding forward", embedding_norm_forward_kernel),
             ("embedding backward", embedding_norm_backward_kernel),
         )
-        for dtype in NUMBER_DTYPES
+        for dtype in FLOATS
         for width in WIDTHS
     }
 )
@@ -304,14 +377,14 @@ def embedding_norm(
     eps: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    if dtype not in NUMBER_DTYPES:
+    if dtype not in FLOATS:
         raise ValueError(f"The gpu backend gives float32, bf16 or fp16, not {dtype}.")
     return _EmbeddingNorm.apply(*ids, *tables, padding, weight, bias, eps, dtype)
 
 
 def _launch(name: str, dtype: torch.dtype, columns: int, num_programs: int, *arguments: Tensor | int | float) -> None:
     width = next(width for width in WIDTHS if columns <= width)
-    CONFIGURATIONS.launch(f"{name} {str(dtype).removeprefix('torch.')} {width}", num_programs, *arguments)
+    CONFIGURATIONS.launch(f"{name} {name_of(dtype)} {width}", num_programs, *arguments)
 
 
 def _num_blocks(num_rows: int, columns: int) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from fastrank.kernels.configuration import Configuration, Table
+from fastrank.kernels.configuration import Configuration, Table, configure, name_of
 from fastrank.kernels.listwise import gpu_blocks, gpu_draws, gpu_lists, gpu_pairs, gpu_smooth_ranks
 
 BLOCK_ROWS = 32
@@ -40,15 +40,14 @@ def _configure(
         "BLOCK_DOCUMENTS": BLOCK_DOCUMENTS,
     }
     constants |= {name: value for name, value in shape.items() if name in kernel.arg_names}
-    known = {name: TYPES.get(name.removesuffix("_ptr")) for name in kernel.arg_names if name not in constants}
-    return Configuration(kernel, known | (types or {}), constants, num_warps)
+    return configure(kernel, TYPES | (types or {}), constants, num_warps)
 
 
 CONFIGURATIONS = Table(
     {
         "rank float32": _configure(gpu_blocks.listwise_rank_kernel),
-        "rank float64": _configure(gpu_blocks.listwise_rank_kernel, {"values_ptr": "*fp64"}),
-        "rank int64": _configure(gpu_blocks.listwise_rank_kernel, {"values_ptr": "*i64"}),
+        "rank float64": _configure(gpu_blocks.listwise_rank_kernel, {"values": "*fp64"}),
+        "rank int64": _configure(gpu_blocks.listwise_rank_kernel, {"values": "*i64"}),
         "sum pairs": _configure(gpu_blocks.listwise_sum_kernel, TERM="pair", MEAN_OF_PAIRS=False),
         "sum lists": _configure(gpu_blocks.listwise_sum_kernel, TERM="list", MEAN_OF_PAIRS=False),
         "sum means": _configure(gpu_blocks.listwise_sum_kernel, TERM="list", MEAN_OF_PAIRS=True),
@@ -72,12 +71,12 @@ CONFIGURATIONS = Table(
             f"adr_mse {discount}": _configure(gpu_smooth_ranks.listwise_rank_loss_kernel, DISCOUNT=discount)
             for discount in ("log2", "reciprocal", "none")
         },
-        "approx_ndcg": _configure(gpu_smooth_ranks.listwise_approx_ndcg_kernel, {"gains_ptr": "*fp64"}),
+        "approx_ndcg": _configure(gpu_smooth_ranks.listwise_approx_ndcg_kernel, {"gains": "*fp64"}),
         "approx_mrr": _configure(gpu_smooth_ranks.listwise_approx_mrr_kernel),
         "normalise exponential": _configure(gpu_smooth_ranks.listwise_normalise_kernel, GAIN="exponential"),
         "normalise linear": _configure(gpu_smooth_ranks.listwise_normalise_kernel, GAIN="linear"),
         "normalise p_listmle": _configure(
-            gpu_smooth_ranks.listwise_normalise_kernel, {"ranks_ptr": "*fp32"}, GAIN="p_listmle"
+            gpu_smooth_ranks.listwise_normalise_kernel, {"ranks": "*fp32"}, GAIN="p_listmle"
         ),
         "lce": _configure(gpu_lists.listwise_target_kernel, WEIGHTED=False),
         "contrastive_imitation": _configure(gpu_lists.listwise_target_kernel, WEIGHTED=True),
@@ -143,7 +142,7 @@ class _Batch:
         else:
             values = values.double()
         ranks = self.empty(torch.float32), *(self.empty(torch.int32) for _ in range(3))
-        self.sweep(f"rank {str(values.dtype).removeprefix('torch.')}", values, self.list_offsets, *ranks)
+        self.sweep(f"rank {name_of(values.dtype)}", values, self.list_offsets, *ranks)
         return ranks
 
     def keys(self) -> Tensor:
