@@ -1,11 +1,11 @@
 """Everything that waits for a GPU, in parts of a few minutes each: is it right, and how fast is it beside its peers.
 
-python benchmarks/gpu.py --part PART [--data DIR] [--output DIR] [--commit NAME] [--large]: first measures the machine's
-limits (copy bandwidth, bf16 matrix products), then runs a part of PARTS, or all of them, and merges what it finds, as
-it comes, into OUTPUT/<gpu>-<commit>.json; tables come last. DIR holds TREC DL as FASTRANK_DATA/trec-dl does; without it
-texts are made up. --large adds XLM-R-large, which takes most of the time. --dry_run runs the same code with tiny shapes
-on the CPU, kernels in Triton's interpreter (correctness) or in C++ (the rest), and writes nothing. Needs the package
-built in place: python setup.py build_ext --inplace.
+python benchmarks/gpu.py --part PART ... [--data DIR] [--output DIR] [--commit NAME] [--large]: first compiles all
+kernels and measures the machine's limits (copy bandwidth, bf16 matrix products), then runs some parts of PARTS, or all
+of them, and merges what it finds, as it comes, into OUTPUT/<gpu>-<commit>.json; tables come last. DIR holds TREC DL as
+FASTRANK_DATA/trec-dl does; without it texts are made up. --large adds XLM-R-large, which takes most of the time.
+--dry_run runs the same code with tiny shapes on the CPU, kernels in Triton's interpreter (correctness) or in C++ (the
+rest), and writes nothing. Needs the package built in place: python setup.py build_ext --inplace.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("correctness", "attention", "forward", "rerank", "train", "losses", "variants")
+PARTS = ("correctness", "attention", "forward", "rerank", "train", "losses", "variants", "profile", "cpu")
 
 
 def limits(device: str, dry_run: bool) -> dict[str, float]:
@@ -51,15 +51,16 @@ def merge(path: Path, part: str, found: dict) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--part", choices=(*PARTS, "all"), required=True)
+    parser.add_argument("--part", choices=(*PARTS, "all"), required=True, nargs="+")
     parser.add_argument("--data", type=Path, help="folder of TREC DL's files")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--large", action="store_true", help="XLM-R-large, too")
     parser.add_argument("--commit", help="of the code, where git is not there to tell")
+    parser.add_argument("--skip_compile", action="store_true", help="an earlier call has compiled all kernels")
     parser.add_argument("--dry_run", action="store_true", help="tiny shapes on the CPU; writes nothing")
     options = parser.parse_args()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic sums, while outputs are poisoned
-    if options.dry_run and options.part in ("correctness", "all"):
+    if options.dry_run and {"correctness", "all"} & set(options.part):
         os.environ["TRITON_INTERPRET"] = "1"
     for folder in (ROOT, ROOT / "tests", ROOT / "benchmarks"):
         sys.path.insert(0, str(folder))
@@ -73,10 +74,17 @@ def main() -> int:
     facts = machine()
     gpu = re.sub(r"[^A-Za-z0-9]+", "-", facts["gpu"] or "cpu").strip("-")
     path = options.output / f"{gpu}-{options.commit or facts['commit'] or 'unknown'}.json"
-    top = limits(device, options.dry_run)
+    if device == "cuda" and not options.skip_compile:
+        from gpu_compile import all_jobs, compile_all
+
+        started = time.perf_counter()
+        for line in compile_all(all_jobs()):
+            print(line, flush=True)
+        print(f"kernels compiled in {time.perf_counter() - started:.0f} s", flush=True)
+    top = {} if options.part == ["cpu"] else limits(device, options.dry_run)
     print(", ".join(f"{name} {value:.3g}" for name, value in top.items()), flush=True)
     failures = 0
-    for part in PARTS if options.part == "all" else (options.part,):
+    for part in PARTS if "all" in options.part else options.part:
         COMPARISONS.clear()
         started = time.perf_counter()
         module = importlib.import_module(f"gpu_{part}")

@@ -1,9 +1,16 @@
-"""Every Triton kernel against its reference in float64 on the device: fresh random inputs, poisoned outputs."""
+"""Every Triton kernel against its reference in float64 on the device: fresh random inputs, poisoned outputs.
+
+On a GPU several processes share the cases: nothing is timed here, and most of the work is the host's.
+"""
 
 from __future__ import annotations
 
+import itertools
+import multiprocessing
+import os
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -17,6 +24,7 @@ from fastrank import ops
 from fastrank.kernels.attention import gpu as attention_kernels
 
 Case = tuple[str, Callable[[], None]]
+PROCESSES = 10
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -204,12 +212,37 @@ def whole_model(shape: str, device: str, dry_run: bool) -> None:
 def run(*, device: str, limits: dict, data: Path | None, dry_run: bool, large: bool) -> Iterator[str]:
     seed = time.time_ns() % 10**6
     count = wrong = 0
-    for make_cases in (attention_cases, epilogue_cases, loss_cases, model_cases):
-        for name, check in make_cases(device, dry_run, seed):
-            count += 1
-            try:
-                check()
-            except Exception as error:
-                wrong += 1
-                yield f"WRONG {name}: {type(error).__name__}: {error}"[:600]
+    workers = 1 if dry_run else min(PROCESSES, os.cpu_count() or 1)
+    slices = [(number, workers, device, dry_run, seed) for number in range(workers)]
+    if workers == 1:
+        results = map(check_slice, slices)
+    else:
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+        results = pool.map(check_slice, slices)
+    for checked, complaints in results:
+        count += checked
+        wrong += len(complaints)
+        yield from complaints
     yield f"{count} cases, {wrong} wrong, seed {seed}"
+
+
+def check_slice(given: tuple[int, int, str, bool, int]) -> tuple[int, list[str]]:
+    """Every `workers`-th case from `number` on: how many ran, and a line for each that went wrong. A device that has
+    failed fails everything after it, so what is left then counts as one more."""
+    number, workers, device, dry_run, seed = given
+    count, complaints = 0, []
+    cases = (
+        case
+        for make_cases in (model_cases, attention_cases, epilogue_cases, loss_cases)
+        for case in make_cases(device, dry_run, seed)
+    )
+    for name, check in itertools.islice(cases, number, None, workers):
+        count += 1
+        try:
+            check()
+        except Exception as error:
+            complaints.append(f"WRONG {name}: {type(error).__name__}: {error}"[:600])
+            if isinstance(error, torch.AcceleratorError):
+                complaints.append(f"WRONG the cases after it, every {workers}th, did not run")
+                break
+    return count, complaints

@@ -7,25 +7,32 @@ from pathlib import Path
 
 import torch
 from gpu_attention import LENGTHS, NUM_HEADS, NUM_TOKENS, Inputs, draw_lengths
+from gpu_compile import changed, compile_all
 from timing import COMPARISONS, Comparison, Contender, describe, graphed
 
 from fastrank.kernels.attention import gpu
-from fastrank.kernels.configuration import Configuration
 
 CHANGES = ({"num_warps": 2}, {"num_warps": 4}, {"num_warps": 8}, {"num_stages": 1}, {"num_stages": 3})
-TILES = {  # queries and keys of a tile, for kernels whose launch follows them
+NAMES = "BLOCK_QUERIES", "BLOCK_KEYS", "TILES_PER_PAIR"
+TILES = {  # queries and keys of a tile, and tiles of a pair where their number is fixed
     "forward long": ((128, 64), (64, 128), (128, 128), (64, 32)),
+    "forward 128": ((128, 128, 1), (32, 128, 4)),
+    "forward 64": ((32, 64, 2),),
+    "forward 32": ((16, 32, 2),),
     "dq long": ((128, 64), (64, 32), (32, 64)),
     "dkdv long": ((64, 64), (32, 128), (64, 128)),
-    "backward 128": ((16, 128), (64, 128)),
+    "backward 128": ((16, 128), (64, 128), (128, 128)),
+    "backward 64": ((32, 64), (16, 64)),
 }
 
 
 def run(*, device: str, limits: dict, data: Path | None, dry_run: bool, large: bool) -> Iterator[str]:
+    jobs = [(name, changes) for head_dim in (32, 64) for name in names(head_dim) for changes in candidates(name)]
+    if dry_run:  # there is nothing to choose without a GPU
+        yield f"{len(jobs)} variants of {len(dict(jobs))} kernels"
+        return
+    yield from compile_all(("attention", *job) for job in jobs)
     for head_dim in (32, 64):
-        if dry_run:  # there is nothing to choose without a GPU
-            yield f"{len(names(head_dim))} kernels of head dimension {head_dim} to vary"
-            continue
         for name in names(head_dim):
             length = {"32": "32", "64": "64", "128": "90, mixed"}.get(name.split()[1], "512")
             inputs = Inputs(draw_lengths(LENGTHS[length], NUM_TOKENS), head_dim, NUM_HEADS, device, torch.bfloat16)
@@ -38,26 +45,26 @@ def names(head_dim: int) -> list[str]:
     return [name for name in gpu.CONFIGURATIONS if name.endswith(ends) and " few " not in name]
 
 
-def vary(name: str, length: str, inputs: Inputs) -> Iterator[str]:
+def candidates(name: str) -> list[dict[str, int]]:
+    """What can be changed of a kernel, nothing first."""
     kept = gpu.CONFIGURATIONS[name]
     shipped = {key: kept.constants[key] for key in ("BLOCK_QUERIES", "BLOCK_KEYS")}
     shipped |= {"num_warps": kept.num_warps, "num_stages": kept.num_stages}
-    tiles = TILES.get(" ".join(name.split()[:2]), ())
-    changed = [dict(zip(("BLOCK_QUERIES", "BLOCK_KEYS"), tile, strict=True)) for tile in tiles]
-    changed = [one | {"num_warps": warps} for one in changed for warps in (4, 8)]
-    for changes in ({}, *CHANGES, *changed):
-        settings = shipped | changes
-        if changes and settings == shipped:
-            continue
-        numbers = {key: settings[key] for key in ("num_warps", "num_stages")}
-        constants = dict(kept.constants) | {key: settings[key] for key in ("BLOCK_QUERIES", "BLOCK_KEYS")}
-        gpu.CONFIGURATIONS[name] = Configuration(kept.kernel, kept.types, constants, **numbers)
+    tiles = [dict(zip(NAMES, tile, strict=False)) for tile in TILES.get(" ".join(name.split()[:2]), ())]
+    tiles = [tile | {"num_warps": warps} for tile in tiles for warps in (2, 4, 8)]
+    return [{}, *(one for one in (*CHANGES, *tiles) if shipped | one != shipped)]
+
+
+def vary(name: str, length: str, inputs: Inputs) -> Iterator[str]:
+    kept = gpu.CONFIGURATIONS[name]
+    for changes in candidates(name):
+        gpu.CONFIGURATIONS[name] = changed(kept, changes)
         try:
             forward, both = seconds(inputs)  # raises where the result is wrong
             result = f"forward {forward * 1e6:.1f} us, with backward {both * 1e6:.1f} us"
         except Exception as error:  # it does not fit
             result = describe(error)
-        yield f"{name}, length {length}, {settings}{' (shipped)' * (not changes)}: {result}"
+        yield f"{name}, length {length}, {changes or 'as shipped'}: {result}"
     gpu.CONFIGURATIONS[name] = kept
 
 

@@ -18,9 +18,15 @@ def test_every_part_runs(tmp_path):
     result = run("--part", "all", "--dry_run", "--output", str(tmp_path))
     assert result.returncode == 0, result.stdout + result.stderr
     assert "WRONG" not in result.stdout and ", 0 wrong," in result.stdout
-    for part in ("correctness", "attention", "forward", "rerank", "train", "losses", "variants"):
+    for part in ("correctness", "attention", "forward", "rerank", "train", "losses", "variants", "profile", "cpu"):
         assert f"\n{part}: " in result.stdout
-    for contender in ("fastrank", "padded SDPA, math", "sentence-transformers float32", "padded bf16 loop"):
+    for contender in (
+        "fastrank",
+        "padded SDPA, math",
+        "sentence-transformers float32",
+        "padded bf16 loop",
+        "ONNX Runtime int8",
+    ):
         assert contender in result.stdout
     assert not list(tmp_path.iterdir()), "a dry run leaves no result"
 

@@ -136,7 +136,6 @@ class Encoder(nn.Module):
 
     precision: torch.dtype = torch.float32
     recomputes: bool = False
-    recomputes: bool = False
     hidden_dtype: torch.dtype | None = None
 
     def __init__(self, settings: Settings) -> None:

@@ -7,7 +7,7 @@ on the device, once a batch, so that nothing is read back to the host.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -252,8 +252,12 @@ def _launch(name: str, like: Tensor, num_programs: int, *arguments: Tensor | int
     CONFIGURATIONS.launch(_full_name(name, like.dtype, like.shape[2]), num_programs, *arguments)
 
 
+def _constants(name: str, like: Tensor) -> Mapping[str, object]:
+    return CONFIGURATIONS[_full_name(name, like.dtype, like.shape[2])].constants
+
+
 def _tile(name: str, like: Tensor) -> tuple[int, int]:
-    constants = CONFIGURATIONS[_full_name(name, like.dtype, like.shape[2])].constants
+    constants = _constants(name, like)
     return constants["BLOCK_QUERIES"], constants["BLOCK_KEYS"]
 
 
@@ -279,8 +283,9 @@ def _forward(
         for shortest, longest in _short(q.dtype):
             above = longest
             if cuts.may_hold(shortest, longest):
-                programs = cuts.num_pairs * (longest // SHORT_TILES[longest]) * heads
-                _launch(f"forward {longest}", q, programs, q, k, v, out, *statistics, *rows, cuts.key_begins, *numbers)
+                name = f"forward {longest}"
+                programs = cuts.num_pairs * _constants(name, q)["TILES_PER_PAIR"] * heads
+                _launch(name, q, programs, q, k, v, out, *statistics, *rows, cuts.key_begins, *numbers)
     if not cuts.are_shared or cuts.may_hold(above + 1, cuts.num_keys):
         name = "forward long" if cuts.are_shared else "forward few"
         tiles = cuts.cut("query", _tile(name, q)[0], above)

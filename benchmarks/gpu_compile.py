@@ -1,0 +1,63 @@
+"""Compiles Triton kernels into triton's cache on disk, in as many processes as there are cores, before anything runs.
+
+A launch then finds them there: what it would compile one after the other, for minutes, takes seconds.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import multiprocessing
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+
+import torch
+
+from fastrank import backend
+from fastrank.kernels.configuration import Configuration, Table
+
+Job = tuple[str, str, Mapping[str, int]]  # operation, name of a configuration, what is changed of it
+
+
+def table(op: str) -> Table:
+    return importlib.import_module(f"fastrank.kernels.{op}.gpu").CONFIGURATIONS
+
+
+def all_jobs() -> list[Job]:
+    """Every configuration as it is."""
+    ops = [op for op in backend.OPS if importlib.util.find_spec(f"fastrank.kernels.{op}.gpu") is not None]
+    return [(op, name, {}) for op in ops for name in table(op)]
+
+
+def changed(configuration: Configuration, changes: Mapping[str, int]) -> Configuration:
+    """A configuration with other warps, stages or compile-time values."""
+    numbers = {key: value for key, value in changes.items() if key in ("num_warps", "num_stages")}
+    constants = {key: value for key, value in changes.items() if key not in numbers}
+    return replace(configuration, constants={**configuration.constants, **constants}, **numbers)
+
+
+def compile_all(jobs: Iterable[Job]) -> Iterator[str]:
+    """Compiles; yields a line for each that cannot be."""
+    jobs = list(jobs)
+    count = max(1, min(len(jobs), (os.cpu_count() or 1) - 1))
+    with ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
+        for lines in pool.map(_compile_some, [jobs[i::count] for i in range(count)]):
+            yield from lines
+
+
+def _compile_some(jobs: list[Job]) -> list[str]:
+    lines = []
+    for op, name, changes in jobs:
+        one = changed(table(op)[name], changes)
+        # The same arguments as a launch, as far as the compiler looks at them.
+        arguments = [
+            torch.empty(16, dtype=kind, device="cuda") if isinstance(kind, torch.dtype) else kind(2)
+            for _, kind, _ in one.checks
+        ]
+        try:
+            one.kernel.run(*arguments, grid=(1,), warmup=True, **one.keywords)
+        except Exception as error:
+            lines.append(f"{op} {name} {dict(changes)}: {type(error).__name__}: {error}"[:300])
+    return lines
