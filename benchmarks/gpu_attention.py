@@ -1,9 +1,9 @@
 """Packed attention beside varlen_attn, padded SDPA by back end, and FlexAttention: bytes and operations a second.
 
-Timed is the GPU alone, by replays of a CUDA graph. Counted are the bytes that must move (forward: q, k, v read, out
-written; backward: those and dout read, dq, dk, dv written) and the operations on real tokens. A contender's input is
-what it wants: packed or padded; ours finds q, k and v side by side, as a projection leaves them, others in tensors of
-their own. Ours makes lists of tiles before the clock starts, as a model does once for all its layers.
+Timed is the GPU alone, launches hidden. Counted are the bytes that must move (forward: q, k, v read, out written;
+backward: those and dout read, dq, dk, dv written) and the operations on real tokens. A contender's input is what it
+wants: packed or padded; ours finds q, k and v side by side, as a projection leaves them, others in tensors of their
+own. Ours makes lists of tiles before the clock starts, as a model does once for all its layers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from timing import Comparison, Contender, describe, graphed
+from timing import Comparison, Contender, describe, release_memory
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -24,6 +24,7 @@ LENGTHS = {"32": 32, "64": 64, "90, mixed": None, "128": 128, "256": 256, "512":
 OURS = "fastrank"
 NUM_HEADS = 12
 NUM_TOKENS = 131072
+MOST_SCORE_BYTES = 20e9  # of the scores that the math back end lays out, three times in float32
 TOLERANCE = 0.02  # of a bf16 output or gradient, relative to its norm
 
 
@@ -72,22 +73,26 @@ class Inputs:
         return None
 
 
-def contenders(inputs: Inputs, device: str, dry_run: bool, with_flex: bool) -> dict[str, tuple[Callable, bool]]:
-    """By name: q, k, v -> out, and whether it takes the padded form. Ours takes qkv, as a projection gives it."""
-    found: dict[str, tuple[Callable, bool]] = {OURS: (inputs.packed, False)}
+def contenders(inputs: Inputs, device: str, dry_run: bool, with_flex: bool) -> dict[str, tuple[Callable | str, bool]]:
+    """By name: q, k, v -> out, or why there is no such function, and whether it takes the padded form. Ours takes qkv,
+    as a projection gives it."""
+    found: dict[str, tuple[Callable | str, bool]] = {OURS: (inputs.packed, False)}
     offsets, longest = inputs.offsets, inputs.longest
     if device == "cuda":
         from torch.nn.attention.varlen import varlen_attn
 
         found["varlen_attn"] = (lambda q, k, v: varlen_attn(q, k, v, offsets, offsets, longest, longest), False)
     mask = inputs.real[:, None, None, :] if inputs.is_ragged else None
+    score_bytes = 3 * 4 * len(inputs.lengths) * inputs.qkv.shape[2] * longest**2
     for name, backend in (
         ("flash", SDPBackend.FLASH_ATTENTION),
         ("efficient", SDPBackend.EFFICIENT_ATTENTION),
         ("math", SDPBackend.MATH),
         ("cudnn", SDPBackend.CUDNN_ATTENTION),
     ):
-        if (name != "math") == dry_run or (name == "flash" and mask is not None):  # flash takes no mask
+        if (name != "math") == dry_run or (name == "math" and score_bytes > MOST_SCORE_BYTES):
+            continue
+        if name == "flash" and mask is not None:  # it takes none
             continue
 
         def padded(q, k, v, backend=backend):
@@ -100,7 +105,8 @@ def contenders(inputs: Inputs, device: str, dry_run: bool, with_flex: bool) -> d
         try:
             found["FlexAttention"] = (flex_attention_of(inputs, device), False)
         except Exception as error:
-            print(f"FlexAttention: {describe(error)}", flush=True)
+            found["FlexAttention"] = (describe(error), False)
+        release_memory(device)  # what making the mask, or failing to, has left
     return found
 
 
@@ -123,9 +129,11 @@ def flex_attention_of(inputs: Inputs, device: str) -> Callable:
     return flex
 
 
-def make_contender(name: str, function: Callable, is_padded: bool, inputs: Inputs, backward: bool) -> Contender:
+def make_contender(name: str, function: Callable | str, is_padded: bool, inputs: Inputs, backward: bool) -> Contender:
     """Output and, with backward, the gradients of what it reads: of qkv as one tensor for ours, of q, k and v as three
     for others, so that nobody stacks."""
+    if isinstance(function, str):
+        return Contender(name, lambda: None, 0, failure=function)
     qkv = inputs.pad(inputs.qkv) if is_padded else inputs.qkv
     upstream = inputs.pad(inputs.upstream) if is_padded else inputs.upstream
     dim = 2 if is_padded else 1
@@ -134,7 +142,7 @@ def make_contender(name: str, function: Callable, is_padded: bool, inputs: Input
 
     def once() -> tuple[Tensor, ...]:
         out = function(*leaves)
-        return (out, *torch.autograd.grad(out, leaves, upstream)) if backward else (out,)
+        return (out.detach(), *(torch.autograd.grad(out, leaves, upstream) if backward else ()))
 
     def check(results: tuple[Tensor, ...]) -> str | None:
         out, *gradients = results
@@ -142,7 +150,7 @@ def make_contender(name: str, function: Callable, is_padded: bool, inputs: Input
         return inputs.check(tuple(one[inputs.real] for one in found) if is_padded else tuple(found))
 
     num_bytes = (4 + 8 * backward) * inputs.upstream.numel() * inputs.upstream.element_size()
-    return Contender(name, once, num_bytes, ours=name == OURS, check=check)
+    return Contender(name, once, num_bytes, ours=name == OURS, check=check, launches_hidden=True)
 
 
 def compare(title: str, inputs: Inputs, functions: dict, device: str, dry_run: bool, limits: dict) -> Iterator[str]:
@@ -155,7 +163,7 @@ def compare(title: str, inputs: Inputs, functions: dict, device: str, dry_run: b
         notes = ["padded: all pairs to the longest"] if inputs.is_ragged else []
         phase = "forward and backward" if backward else "forward"
         comparison = Comparison(f"{title}, {phase}", "bytes", made, notes, device)
-        try_measure(comparison, dry_run)
+        comparison.measure(3 if dry_run else 7, shortest_round=0 if dry_run else 0.02)
         for one in comparison.contenders:
             share = "" if one.failure else f"{one.rate / limits['copy_bytes_per_second']:.0%}"
             yield f"{comparison.title:55s} {one.name:25s} " + (
@@ -164,23 +172,7 @@ def compare(title: str, inputs: Inputs, functions: dict, device: str, dry_run: b
                 f"{one.median * 1e6:9.1f} us"
             )
         del made, comparison
-        if device == "cuda":
-            torch.cuda.empty_cache()
-
-
-def try_measure(comparison: Comparison, dry_run: bool) -> None:
-    """A contender that cannot run here is a failure in the table, not the end of the script."""
-    for one in comparison.contenders:
-        stream = torch.cuda.current_stream() if comparison.device == "cuda" else None
-        try:
-            one.run()
-            if stream is not None:
-                one.run = graphed(one.run)
-        except Exception as error:
-            one.failure = describe(error)
-            if stream is not None:  # a capture that failed may have left its own behind
-                torch.cuda.set_stream(stream)
-    comparison.measure(3 if dry_run else 7, shortest_round=0 if dry_run else 0.02)
+        release_memory(device)
 
 
 def run(*, device: str, limits: dict, data: Path | None, dry_run: bool, large: bool) -> Iterator[str]:

@@ -18,6 +18,7 @@ import torch
 from fastrank import backend
 from fastrank.kernels.configuration import Configuration, Table
 
+OPTIONS = ("num_warps", "num_stages", "max_registers")
 Job = tuple[str, str, Mapping[str, int]]  # operation, name of a configuration, what is changed of it
 
 
@@ -32,8 +33,8 @@ def all_jobs() -> list[Job]:
 
 
 def changed(configuration: Configuration, changes: Mapping[str, int]) -> Configuration:
-    """A configuration with other warps, stages or compile-time values."""
-    numbers = {key: value for key, value in changes.items() if key in ("num_warps", "num_stages")}
+    """A configuration with other options or compile-time values."""
+    numbers = {key: value for key, value in changes.items() if key in OPTIONS}
     constants = {key: value for key, value in changes.items() if key not in numbers}
     return replace(configuration, constants={**configuration.constants, **constants}, **numbers)
 

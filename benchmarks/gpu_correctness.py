@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 from accuracy import assert_accurate
 from attention_cases import cut
@@ -20,7 +21,7 @@ from gpu_models import SHAPES, agrees, batch_of, make_model
 from listwise_cases import VARIANTS, make, options_of
 from torch import Tensor
 
-from fastrank import ops
+from fastrank import Reranker, ops
 from fastrank.kernels.attention import gpu as attention_kernels
 
 Case = tuple[str, Callable[[], None]]
@@ -162,6 +163,20 @@ def model_cases(device: str, dry_run: bool, seed: int) -> Iterator[Case]:
 
     if device == "cuda":
         yield "CUDA graphs give the scores of the forward", lambda: graphs_agree(device)
+        yield "deterministic scores are the same bits in any company", lambda: company_changes_no_bit(device)
+
+
+def company_changes_no_bit(device: str) -> None:
+    model = make_model("MiniLM-L6").requires_grad_(False).to(device).to_precision("bf16")
+    reranker = Reranker.from_parts(model, None, deterministic=True)
+    rng = np.random.default_rng(0)
+    pairs = [
+        (rng.integers(5, 1000, n).astype(np.int32), np.zeros(n, np.int32)) for n in rng.integers(3, 400, 900).tolist()
+    ]
+    together = reranker.score_pairs(pairs)
+    for chosen in ([5], range(10), range(3, 400, 7)):
+        alone = reranker.score_pairs([pairs[i] for i in chosen])
+        assert np.array_equal(alone, together[list(chosen)]), f"{len(alone)} pairs score otherwise among 900"
 
 
 def graphs_agree(device: str) -> None:

@@ -46,6 +46,9 @@ def run(*, device: str, limits: dict, data: Path | None, dry_run: bool, large: b
             with_graphs = Reranker(folder, device=device, max_length=256, activation="none", cuda_graphs=True)
             yield from latency(shape, ", CUDA graphs", with_graphs, some, dry_run)
             del with_graphs
+            exact_bits = Reranker(folder, device=device, max_length=256, activation="none", deterministic=True)
+            yield from latency(shape, ", deterministic", exact_bits, some, dry_run)
+            del exact_bits
         del reranker, made
         if device == "cuda":
             torch.cuda.empty_cache()

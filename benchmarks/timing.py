@@ -6,6 +6,7 @@ groups, JSON and comparisons work although the rounds of one comparison are inte
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import math
@@ -20,6 +21,9 @@ import pytest
 import torch
 
 COMPARISONS: list[Comparison] = []
+MOST_HIDDEN_RUNS = 16  # in a round: with some 1,000 launches in the queue the host would wait for the GPU
+LONGEST_HEAD_START = 0.05  # seconds
+CYCLES_PER_SECOND = 2e9  # of a GPU, about
 
 
 class VirtualClock:
@@ -52,6 +56,8 @@ class Contender:
     repeats: int = 1  # runs in a round, whose mean is a duration
     peak_extra_bytes: int | None = None  # memory that one run takes above what is there before it
     failure: str = ""  # why there is no time: not installed, or WRONG
+    launches_hidden: bool = False  # on a GPU: a round is queued as a whole before it begins, which times kernels alone
+    head_start: float = 0.001  # seconds that the GPU is kept busy for meanwhile; grows to what the host needs
 
     @property
     def median(self) -> float:
@@ -64,6 +70,10 @@ class Contender:
     @property
     def spread(self) -> float:
         return (max(self.durations) - min(self.durations)) / self.median
+
+    def let_go(self) -> None:
+        """Drops the models and tensors that it holds, which would stay until the report."""
+        self.run, self.check = _measured, _measured
 
 
 @dataclass
@@ -84,34 +94,55 @@ class Comparison:
         """Checks every contender, then times `rounds` rounds of each in turn; memory: its peak, too, in a run of its
         own. A round is one run, repeated where it is shorter than shortest_round (seconds)."""
         for one in self.contenders:
-            if not one.failure:
-                self._check(one)
-            if not one.failure and shortest_round:
-                one.repeats = math.ceil(shortest_round / min(self._seconds(one.run, 1) for _ in range(3)))
+            self._try(self._check, one, shortest_round)
         gc.collect()
         for _ in range(rounds):
             for one in self.contenders:
-                if not one.failure:
-                    if self.device == "cpu":
-                        gc.collect()
-                    one.durations.append(self._seconds(one.run, one.repeats))
+                self._try(self._time, one)
         for one in self.contenders:
-            if memory and not one.failure:
-                one.peak_extra_bytes = _peak_extra_bytes(one.run, self.device)
-        for one in self.contenders:  # models and tensors that these hold would stay until the report
-            one.run, one.check = _measured, _measured
+            if memory:
+                self._try(self._measure_memory, one)
+            one.let_go()
         COMPARISONS.append(self)
         return self
 
-    def _check(self, one: Contender) -> None:
-        """Runs a contender once, which doubles as its warm-up. What goes wrong on a GPU is its failure alone."""
+    def _try(self, step: Callable[..., None], one: Contender, *arguments: object) -> None:
+        """A step of a contender that has not failed yet. What goes wrong on a GPU is its failure alone, and what it
+        held is free for the others."""
+        if one.failure:
+            return
         try:
-            wrong = one.check(one.run())
-            one.failure = f"WRONG: {wrong}" if wrong else ""
+            step(one, *arguments)
         except Exception as error:
             if self.device == "cpu":
                 raise
             one.failure = describe(error)
+        if one.failure:  # out of the except clause: an error holds the frames that it came through, and their tensors
+            one.durations.clear()
+            one.let_go()
+            with contextlib.suppress(RuntimeError):  # a GPU that has failed for good: all others will say so
+                release_memory(self.device)
+
+    def _check(self, one: Contender, shortest_round: float) -> None:
+        """Runs a contender once, which doubles as its warm-up, and chooses how often a round repeats it."""
+        wrong = one.check(one.run())
+        one.failure = f"WRONG: {wrong}" if wrong else ""
+        if self.device != "cpu":
+            torch.cuda.synchronize()  # what fails late fails here, not in the next contender
+        if shortest_round and not one.failure:
+            one.repeats = math.ceil(shortest_round / min(self._seconds(one.run, 1) for _ in range(3)))
+            if one.launches_hidden:
+                one.repeats = min(one.repeats, MOST_HIDDEN_RUNS)
+
+    def _time(self, one: Contender) -> None:
+        """One round."""
+        if self.device == "cpu":
+            gc.collect()
+        hides = one.launches_hidden and self.device != "cpu"
+        one.durations.append(self._hidden_seconds(one) if hides else self._seconds(one.run, one.repeats))
+
+    def _measure_memory(self, one: Contender) -> None:
+        one.peak_extra_bytes = _peak_extra_bytes(one.run, self.device)
 
     def _seconds(self, run: Callable[[], object], repeats: int) -> float:
         """The mean of so many runs, one straight after another."""
@@ -128,6 +159,30 @@ class Comparison:
         end.record()
         torch.cuda.synchronize()
         return begin.elapsed_time(end) / 1000 / repeats
+
+    def _hidden_seconds(self, one: Contender) -> float:
+        """The mean of a round's runs on the GPU alone: a busy wait keeps it from the first until the last is queued.
+        Where it was over too soon the round is repeated behind a longer one; a contender that reads something back
+        comes too late behind any, and its launches count."""
+        while True:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            torch.cuda._sleep(int(one.head_start * CYCLES_PER_SECOND))
+            begin.record()
+            started = time.perf_counter()
+            for _ in range(one.repeats):
+                one.run()
+            end.record()
+            queued = time.perf_counter() - started
+            is_late = begin.query()
+            torch.cuda.synchronize()
+            if not is_late or one.head_start >= LONGEST_HEAD_START:
+                break
+            one.head_start = min(1.5 * max(queued, one.head_start), LONGEST_HEAD_START)
+        note = f"{one.name}: launches count, too, as it could not be queued ahead of the GPU"
+        if is_late and note not in self.notes:
+            self.notes.append(note)
+        return begin.elapsed_time(end) / 1000 / one.repeats
 
     def hand_over(self, name: str, benchmark) -> None:
         """Gives one contender's rounds to pytest-benchmark; a wrong one of ours fails, an absent peer is skipped."""
@@ -146,31 +201,19 @@ class Comparison:
 
 
 def describe(error: Exception) -> str:
-    """An error in one short line."""
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}"
+    """An error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
+def release_memory(device: str) -> None:
+    """Gives back to the GPU what nothing holds any more."""
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.empty_cache()
 
 
 def _measured(*_: object) -> None:
     raise RuntimeError("This contender has been measured and let go.")
-
-
-def graphed(run: Callable[[], object]) -> Callable[[], object]:
-    """The GPU's work of a run alone, replayed from a CUDA graph: what is left when no host has to launch it."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = run()
-
-    def replay() -> object:
-        graph.replay()
-        return result
-
-    return replay
 
 
 def _peak_extra_bytes(run: Callable[[], object], device: str) -> int | None:

@@ -23,7 +23,7 @@ import torch
 from fastrank.checkpoint import WEIGHT_FILES, load_model, score_activation
 from fastrank.command_line import MAX_THREADS
 from fastrank.model import CrossEncoder
-from fastrank.model.graphs import Graphs
+from fastrank.model.graphs import Bucket, Graphs, fill, plan_one_shape
 from fastrank.packing import PackedBatch, Pair, pack_pairs, plan_batches, restore_order
 from fastrank.quantized import FILE as INT8_FILE
 from fastrank.quantized import load_int8
@@ -70,9 +70,10 @@ class Reranker:
         num_threads: CPU threads of the calls; default: torch's setting.
         activation: "none" for raw scores, "sigmoid"; default: what the checkpoint's config says, looked up as
             sentence-transformers does. The raw score of a model with two labels is log_softmax(logits)[1].
-        deterministic: score every pair in a batch of its own, so that a document's score has the same bits whatever
-            else is in the call; on a CPU about 1.6 times slower for passages of 80 tokens, on a GPU, which a pair alone
-            does not keep busy, far more. Without it the same call with the same number of threads gives the same bits.
+        deterministic: a document's score has the same bits whatever else is in the call. On a CPU every pair is scored
+            in a batch of its own, about 1.6 times slower for passages of 80 tokens; on a GPU every batch is filled up
+            to one shape, at least 8,192 tokens in 512 pairs, which costs a single query the most. Without it the same
+            call with the same number of threads gives the same bits.
         cuda_graphs: on a GPU, record the forward of batches of up to 16,384 tokens, in buckets of 1,024, and replay it:
             for the latency of single queries. Untested so far.
         revision, token, local_files_only: as in transformers.
@@ -133,8 +134,7 @@ class Reranker:
             deterministic=deterministic,
         )
         if cuda_graphs:
-            filler = loaded.settings.first_position, 0  # any token but padding, from whose place RoBERTa counts on
-            self._graphs = Graphs(loaded.score, place, longest=loaded.max_pair_tokens, filler=filler)
+            self._graphs = Graphs(loaded.score, place, longest=loaded.max_pair_tokens, filler=self._filler)
 
     @classmethod
     def from_parts(
@@ -325,14 +325,28 @@ class Reranker:
         )
         distinct = [pairs[i] for i in np.unique(place, return_index=True)[1]]
         # In order of length the largest batch comes first, so that a lack of memory shows at once.
-        plan = plan_batches([len(ids) for ids, _ in distinct], 1 if self.deterministic else self.max_batch_tokens)
+        lengths = [len(ids) for ids, _ in distinct]
+        shape = None
+        if self.deterministic and self.device.type == "cuda":
+            plan, shape = plan_one_shape(lengths, self.model.max_pair_tokens)
+        else:
+            plan = plan_batches(lengths, 1 if self.deterministic else self.max_batch_tokens)
         with torch.inference_mode(), _cpu_threads(self.num_threads):
-            parts = [self._score_batch(pack_pairs([distinct[i] for i in batch])) for batch in plan]
+            parts = [self._score_batch(pack_pairs([distinct[i] for i in batch]), shape) for batch in plan]
         return place, plan, parts
 
-    def _score_batch(self, batch: PackedBatch) -> torch.Tensor:
+    def _score_batch(self, batch: PackedBatch, shape: Bucket | None) -> torch.Tensor:
+        """Scores (pairs,) on the device; shape: what to fill the batch up to."""
+        if shape is not None:
+            filled = fill(batch, shape, self._filler)
+            return self.model.score(filled.to(self.device))[: batch.num_pairs]
         scores = None if self._graphs is None else self._graphs.score(batch)
         return self.model.score(batch.to(self.device)) if scores is None else scores
+
+    @property
+    def _filler(self) -> tuple[int, int]:
+        """Token id and type of what fills a batch up: any but padding, from whose place RoBERTa counts on."""
+        return self.model.settings.first_position, 0
 
     @staticmethod
     def _finish(place: np.ndarray, plan: list[np.ndarray], parts: list[torch.Tensor]) -> np.ndarray:

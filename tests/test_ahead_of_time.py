@@ -59,7 +59,7 @@ def test_a_configuration_compiles_without_spills(op, name, capability, compiled)
     if capability == 90 and op == "attention":
         constants = TABLES[op][name].constants
         # Matrix units of this generation take 64 rows at once, from 4 warps.
-        rows = constants["BLOCK_KEYS" if name.startswith(("backward", "dkdv")) else "BLOCK_QUERIES"]
+        rows = constants["BLOCK_KEYS" if name.startswith("dkdv") else "BLOCK_QUERIES"]
         assert resources.uses_wgmma == (rows >= 64 and "float32" not in name), name
 
 

@@ -7,7 +7,7 @@ from hub_models import make_checkpoint, random_pairs
 
 from fastrank import Reranker
 from fastrank.checkpoint import load_model
-from fastrank.model.graphs import LONGEST, MOST_TOKENS, Bucket, fill, find_bucket
+from fastrank.model.graphs import LONGEST, MOST_TOKENS, Bucket, fill, find_bucket, plan_one_shape
 from fastrank.packing import pack_pairs
 
 
@@ -39,6 +39,23 @@ def test_what_has_no_bucket():
     assert find_bucket(MOST_TOKENS + 1, 100, 200) is None and find_bucket(600, 1, 513) is None
     assert find_bucket(0, 0, 0) is None
     assert find_bucket(5, 1, 5) == Bucket(1024, 64, 32)  # 1,019 tokens more are 32 pairs of at most 32
+
+
+@pytest.mark.parametrize("longest", [20, 512, 8192])
+@pytest.mark.parametrize("sizes", [[], [1], [1] * 2000, "mixed", "longest"])
+def test_batches_of_one_shape(longest, sizes):
+    """All pairs are there once, every batch can be filled up, and the shape is the same for any pairs."""
+    random = np.random.default_rng(0)
+    lengths = {"mixed": random.integers(1, longest + 1, 700), "longest": [longest] * 50}.get(str(sizes), sizes)
+    plan, bucket = plan_one_shape(lengths, longest)
+    assert bucket == plan_one_shape([3], longest)[1]
+    assert sorted(int(i) for batch in plan for i in batch) == list(range(len(lengths)))
+    for indices in plan:
+        batch = pack_pairs([(np.full(lengths[i], 7), np.zeros(lengths[i], int)) for i in indices])
+        filled = fill(batch, bucket, (9, 1))
+        sizes = filled.pair_offsets.diff()
+        assert filled.num_tokens == bucket.num_tokens and filled.num_pairs == bucket.num_pairs
+        assert sizes.min() >= 1 and sizes.max() <= longest
 
 
 @pytest.mark.parametrize("kind", ["bert", "xlm-roberta"])

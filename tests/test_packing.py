@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from fastrank import packing
 from fastrank.packing import PackedBatch, pack_lists, pack_pairs, plan_batches, plan_chunks, restore_order
 
 
@@ -99,3 +100,13 @@ def test_the_shortest_and_the_longest_pair_are_known():
     found = PackedBatch(batch.token_ids, batch.token_types, batch.positions, batch.pair_offsets, batch.list_offsets)
     assert found.span == (2, 9)
     assert batch.to("cpu").span == (2, 9)
+
+
+def test_a_batch_goes_to_a_gpu_as_one_piece_of_memory():
+    batch = pack_lists([_random_pairs(np.random.default_rng(0), 3), []])
+    tensors = batch.token_ids, batch.pair_offsets, batch.list_offsets, torch.rand(3).half(), torch.zeros(0)
+    memory = packing._join(tensors)
+    parts = packing._split(memory, tensors)
+    for part, tensor in zip(parts, tensors, strict=True):
+        assert part.dtype == tensor.dtype and part.equal(tensor)
+        assert part.untyped_storage().data_ptr() == memory.data_ptr() and part.data_ptr() % 16 == 0

@@ -15,6 +15,7 @@ import torch
 import triton
 from torch import Tensor
 from triton import language as tl
+from triton.compiler import CompiledKernel
 
 POINTERS = {
     torch.float32: "*fp32",
@@ -67,6 +68,7 @@ class Configuration:
         constants: The compile-time values.
         num_warps: Warps of 32 threads a program.
         num_stages: Depth of software pipelining.
+        max_registers: The most that a thread may take, where the compiler would take more.
     """
 
     kernel: Callable
@@ -74,10 +76,39 @@ class Configuration:
     constants: Mapping[str, object] = field(default_factory=dict)
     num_warps: int = 4
     num_stages: int = 1
+    max_registers: int | None = None
 
-    def run(self, num_programs: int, arguments: Sequence[Tensor | int | float]) -> None:
-        """Launches it, on the current device, with arguments that have been checked."""
-        self.kernel[(num_programs,)](*arguments, **self.keywords)
+    def run(self, num_programs: int, arguments: Sequence[Tensor | int | float]) -> CompiledKernel | None:
+        """Launches it through triton, on the current device, with arguments that have been checked; returns what was
+        compiled, which is nothing in triton's interpreter."""
+        return self.kernel[(num_programs,)](*arguments, **self.keywords)
+
+    def run_compiled(self, num_programs: int, device: int, values: Sequence[int | float]) -> bool:
+        """Launches it on the current device, whose index `device` is, with addresses in place of tensors; False where
+        it has not been run there before. Triton looks at every argument to find what it has compiled, which takes
+        longer than most kernels do; here there is only one thing to find. Hooks of triton's profiler are not called."""
+        compiled = self.compiled.get(device)
+        if compiled is None:
+            return False
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        function, metadata = compiled.function, compiled.packed_metadata
+        compiled.run(num_programs, 1, 1, stream, function, metadata, None, None, None, *values, *self.last_arguments)
+        return True
+
+    @functools.cached_property
+    def compiled(self) -> dict[int, CompiledKernel]:
+        """By the index of the device."""
+        return {}
+
+    @functools.cached_property
+    def places(self) -> dict[str, int]:
+        """Where each run-time argument stands, by its name without _ptr."""
+        return {name.removesuffix("_ptr"): place for place, name in enumerate(self.types)}
+
+    @functools.cached_property
+    def last_arguments(self) -> tuple[object, ...]:
+        """The compile-time values, which stand behind the run-time arguments."""
+        return tuple(self.constants[name] for name in self.kernel.arg_names[len(self.types) :])
 
     @functools.cached_property
     def keywords(self) -> dict[str, object]:
@@ -98,7 +129,8 @@ class Configuration:
     @property
     def options(self) -> dict[str, object]:
         # Fusing is asked for: triton 3.10 no longer does it by itself.
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        return options if self.max_registers is None else options | {"maxnreg": self.max_registers}
 
 
 def configure(
@@ -107,6 +139,7 @@ def configure(
     constants: Mapping[str, object],
     num_warps: int = 4,
     num_stages: int = 1,
+    max_registers: int | None = None,
 ) -> Configuration:
     """The configuration of a kernel whose arguments have these types, by name without _ptr; numbers that have none are
     i32. KeyError for a pointer that has none."""
@@ -115,33 +148,83 @@ def configure(
         if name not in constants:
             what = name.removesuffix("_ptr")
             known[name] = types[what] if what in types or what != name else "i32"
-    return Configuration(kernel, known, constants, num_warps, num_stages)
+    return Configuration(kernel, known, constants, num_warps, num_stages, max_registers)
+
+
+class Launch:
+    """A launch whose arguments have been checked. Called, it runs; called with tensors by name (without _ptr), it runs
+    with these in place of the first ones, which must have had their dtypes and shapes. So a batch that goes through the
+    same kernel layer by layer is looked at once."""
+
+    __slots__ = ("arguments", "configuration", "device", "num_programs", "values")
+
+    def __init__(
+        self,
+        configuration: Configuration,
+        num_programs: int,
+        arguments: Sequence[Tensor | int | float],
+        values: list[int | float],
+        device: int,
+    ) -> None:
+        self.configuration, self.num_programs, self.arguments = configuration, num_programs, arguments
+        self.values = values  # the arguments with addresses in place of tensors
+        self.device = device  # its index; -1 for tensors on a CPU, in triton's interpreter
+
+    @property
+    def places(self) -> Mapping[str, int]:
+        """Where each argument stands, by name."""
+        return self.configuration.places
+
+    def __call__(self, **tensors: Tensor) -> None:
+        if not self.num_programs:
+            return
+        configuration, device = self.configuration, self.device
+        if device < 0:
+            configuration.run(self.num_programs, self._arguments(tensors))
+        elif device == torch.cuda.current_device():
+            values = self.values
+            if tensors:
+                values = values.copy()
+                for name, tensor in tensors.items():
+                    values[configuration.places[name]] = address = tensor.data_ptr()
+                    if address % ALIGNMENT:
+                        raise ValueError(f"{name} must begin at a multiple of {ALIGNMENT} bytes.")
+            if not configuration.run_compiled(self.num_programs, device, values):
+                configuration.compiled[device] = configuration.run(self.num_programs, self._arguments(tensors))
+        else:  # triton launches on the current device, which need not be the tensors'
+            with torch.cuda.device(device):
+                self(**tensors)
+
+    def _arguments(self, tensors: Mapping[str, Tensor]) -> list[Tensor | int | float]:
+        arguments = list(self.arguments)
+        for name, tensor in tensors.items():
+            arguments[self.configuration.places[name]] = tensor
+        return arguments
 
 
 class Table(dict[str, Configuration]):
     """Configurations by name."""
 
     def launch(self, name: str, num_programs: int, *arguments: Tensor | int | float) -> None:
-        """Runs the configuration `name` in a grid of num_programs; tensors must lie as the kernel reads them. KeyError
-        for a name that is not in the table, TypeError for an argument of another type than the table says, ValueError
-        for one that is not aligned as the kernel demands."""
+        """Runs the configuration `name` in a grid of num_programs. Raises as prepare() does."""
+        self.prepare(name, num_programs, *arguments)()
+
+    def prepare(self, name: str, num_programs: int, *arguments: Tensor | int | float) -> Launch:
+        """A launch of the configuration `name` in a grid of num_programs; tensors must lie as the kernel reads them.
+        KeyError for a name that is not in the table, TypeError for an argument of another type than the table says,
+        ValueError for one that is not aligned as the kernel demands."""
         configuration = self[name]
-        device = None
+        tensor, values = None, []
         for (parameter, expected, is_aligned), argument in zip(configuration.checks, arguments, strict=True):
             if isinstance(argument, Tensor):
-                given, device = argument.dtype, argument.device
-                if is_aligned and argument.data_ptr() % ALIGNMENT:
+                tensor, given, value = argument, argument.dtype, argument.data_ptr()
+                if is_aligned and value % ALIGNMENT:
                     raise ValueError(f"{name}: {parameter} must begin at a multiple of {ALIGNMENT} bytes.")
             else:
-                given = type(argument)
+                given, value = type(argument), argument
             if given is not expected:
                 wanted, found = (POINTERS.get(one) or NUMBERS.get(one) for one in (expected, given))
                 raise TypeError(f"{name}: {parameter} must be {wanted}, not {found}.")
-        if not num_programs:
-            return
-        # Triton launches on the current device, which need not be the tensors'.
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):
-                configuration.run(num_programs, arguments)
-        else:
-            configuration.run(num_programs, arguments)
+            values.append(value)
+        device = tensor.get_device() if tensor.is_cuda else -1
+        return Launch(configuration, num_programs, arguments, values, device)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fastrank import ops
+from fastrank.model import gpu_layers
 from fastrank.model.linear import Linear
 from fastrank.model.settings import Settings
 
@@ -137,6 +138,7 @@ class Encoder(nn.Module):
     precision: torch.dtype = torch.float32
     recomputes: bool = False
     hidden_dtype: torch.dtype | None = None
+    _halves: gpu_layers.Halves | None = None
 
     def __init__(self, settings: Settings) -> None:
         super().__init__()
@@ -153,6 +155,13 @@ class Encoder(nn.Module):
         with torch.inference_mode(False):
             # A tensor of this forward alone: what a GPU's attention derives from it serves all layers, and no longer.
             offsets = batch.pair_offsets.clone() if batch.pair_offsets.is_cuda else batch.pair_offsets
+        learns = torch.is_grad_enabled() and (x.requires_grad or any(one.requires_grad for one in self.parameters()))
+        if gpu_layers.suits(self.layers, x) and not (learns and self.recomputes):
+            if learns:
+                return gpu_layers.train(self.layers, x, offsets, batch.span)
+            if self._halves is None or self._halves.dtype != x.dtype:
+                self._halves = gpu_layers.Halves(self.layers, x.dtype)
+            return gpu_layers.infer(self.layers, x, offsets, batch.span, self._halves)
         for layer in self.layers:
             if self.recomputes and torch.is_grad_enabled():
                 x = checkpoint(layer, x, offsets, batch.span, use_reentrant=False)

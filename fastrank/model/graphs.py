@@ -1,22 +1,24 @@
-"""The forward of small batches as CUDA graphs: one launch instead of a hundred, which is what a single query waits for.
+"""Batches filled up to a bucket, whose shapes are few: for CUDA graphs, and for scores that are the same bit for bit.
 
-A graph is recorded for shapes, so a batch is filled up to a bucket: of tokens, of pairs, and of the longest pair. What
-fills it are pairs of their own, which no other pair sees; their scores are cut off. Scores are those of the forward
-without a graph but for rounding. No one has run this on a GPU so far, hence it must be asked for.
+A bucket says how many tokens and pairs there are, and how long a pair may be. What fills a batch up are pairs of their
+own, which no other pair sees; their scores are cut off. A graph of a bucket is one launch instead of a hundred, for
+single queries. And where all batches have one shape, a product of matrices computes each row in one way, whatever the
+others hold.
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastrank.packing import PackedBatch
+from fastrank.packing import PackedBatch, plan_batches
 
 MOST_TOKENS = 16384  # of a bucket: larger batches keep a GPU busy without a graph
 TOKEN_STEP, PAIR_STEP = 1024, 32
+ONE_SHAPE = 8192, 512  # tokens and pairs of a batch where all have one shape, at least
 LONGEST = (32, 64, 128, 256, 512)  # where attention changes its kernels
 
 
@@ -62,6 +64,19 @@ def fill(batch: PackedBatch, bucket: Bucket, filler: tuple[int, int]) -> PackedB
         max_pair_tokens=bucket.longest,
         min_pair_tokens=1,
     )
+
+
+def plan_one_shape(lengths: Sequence[int], longest: int) -> tuple[list[np.ndarray], Bucket]:
+    """Batches that can all be filled up to one bucket, which depends on nothing but `longest`, the tokens that a pair
+    may have in the model; lengths: tokens of each pair. Returns them as plan_batches() does, and the bucket."""
+    tokens, pairs = max(ONE_SHAPE[0], _up(2 * longest, TOKEN_STEP)), ONE_SHAPE[1]
+    pairs = max(pairs, 2 * -(-tokens // longest))  # half of them can hold all tokens, so none that fills up is too long
+    plan = [
+        part
+        for batch in plan_batches(lengths, tokens - pairs)
+        for part in np.split(batch, range(pairs // 2, len(batch), pairs // 2))
+    ]
+    return plan, Bucket(tokens, pairs, longest)
 
 
 def _up(number: int, step: int) -> int:

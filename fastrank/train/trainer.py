@@ -20,7 +20,7 @@ from torch import Tensor
 from fastrank.data import RankingList
 from fastrank.losses import Loss, WeightedSum, count_terms, resolve_loss
 from fastrank.model import CrossEncoder
-from fastrank.packing import Pair, pack_lists, plan_chunks, send
+from fastrank.packing import Pair, pack_lists, plan_chunks, send_together
 from fastrank.reranker import Reranker, default_dtype, find_device, load_parts
 
 from .config import TrainConfig
@@ -28,7 +28,8 @@ from .processes import Processes
 
 __all__ = ["Trainer"]
 
-DEFAULT_MAX_BATCH_TOKENS = {"cpu": 8192, "cuda": 32768}
+DEFAULT_MAX_BATCH_TOKENS = 8192  # on a CPU
+MOST_BATCH_TOKENS = 131072  # on a GPU, which more do not make faster
 
 
 class Trainer:
@@ -65,12 +66,22 @@ class Trainer:
         self.precision = default_dtype(self.device) if config.precision == "auto" else config.precision
         if self.precision != "float32":
             self.model.to_precision(self.precision)
-        self.max_batch_tokens = config.max_batch_tokens or DEFAULT_MAX_BATCH_TOKENS[self.device.type]
+        self.max_batch_tokens = config.max_batch_tokens or self._default_max_batch_tokens()
         self.model.encoder.recomputes = config.gradient_checkpointing
         _freeze(self.model, config.freeze_layers)
         self.optimizer = self._make_optimizer()
         self.num_lists_without_terms = 0
         self._reranker = Reranker.from_parts(self.model, self.tokenizer, max_batch_tokens=self.max_batch_tokens)
+
+    def _default_max_batch_tokens(self) -> int:
+        """On a GPU as many as half of its memory takes: a layer keeps about 18 numbers a hidden unit of each token."""
+        if self.device.type != "cuda":
+            return DEFAULT_MAX_BATCH_TOKENS
+        settings = self.model.settings
+        size = 4 if self.precision == "float32" else 2
+        kept = settings.hidden_size * (18 if not self.config.gradient_checkpointing else 1)
+        memory = torch.cuda.get_device_properties(self.device).total_memory
+        return max(1024, min(MOST_BATCH_TOKENS, memory // 2 // (kept * size * settings.num_layers) // 1024 * 1024))
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         config = self.config
@@ -152,7 +163,7 @@ class Trainer:
         return loss
 
     def _loss(self, scores: Tensor, labels: list[Tensor], num_terms: int | None) -> Tensor:
-        arguments = scores, *(send(one, self.device) for one in (torch.cat(labels), _offsets(labels)))
+        arguments = scores, *send_together((torch.cat(labels), _offsets(labels)), self.device)
         if num_terms is None:
             return self.loss(*arguments, **self.loss_options)
         return self.loss(*arguments, reduction="sum", **self.loss_options) / num_terms

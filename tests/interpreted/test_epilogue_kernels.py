@@ -10,8 +10,8 @@ from accuracy import assert_accurate, poisoned_memory
 
 from fastrank import backend, ops
 from fastrank.kernels.layer_norm import gpu as norms
-from fastrank.model import CrossEncoder
-from fastrank.packing import pack_lists
+from fastrank.model import CrossEncoder, gpu_layers
+from fastrank.packing import PackedBatch, pack_lists
 
 DTYPES = (torch.float32, torch.float16)
 
@@ -118,6 +118,31 @@ def test_sizes_without_a_kernel_are_refused():
         ops.bias_gelu(torch.zeros(2, 12), torch.zeros(12), backend="gpu")
 
 
+def make_model(*, layers: int = 3, activation: str = "gelu", dropout: float = 0.0) -> CrossEncoder:
+    config = {
+        "model_type": "bert",
+        "vocab_size": 100,
+        "hidden_size": 64,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "intermediate_size": 128,
+        "max_position_embeddings": 160,
+        "num_labels": 1,
+        "hidden_act": activation,
+    }
+    model = CrossEncoder(config, dropout=dropout)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(draw(*parameter.shape, seed=int(torch.randint(1000, (), generator=generator))) / 8)
+    return model
+
+
+def make_batch(*sizes: tuple[int, ...]) -> PackedBatch:
+    rng = np.random.default_rng(0)
+    return pack_lists([[(rng.integers(1, 100, n), rng.integers(0, 2, n)) for n in one] for one in sizes])
+
+
 def scores_and_gradients(model: CrossEncoder, batch, dtype: torch.dtype, name: str) -> dict[str, torch.Tensor]:
     os.environ["FASTRANK_BACKEND"] = name
     try:
@@ -138,25 +163,8 @@ def scores_and_gradients(model: CrossEncoder, batch, dtype: torch.dtype, name: s
 @pytest.mark.parametrize(("dtype", "activation"), [(torch.float32, "gelu"), (torch.half, "gelu"), (torch.half, "relu")])
 def test_a_whole_model(dtype, activation):
     """Scores and the gradient of every weight, against float64: no further off than the reference in this dtype."""
-    config = {
-        "model_type": "bert",
-        "vocab_size": 100,
-        "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 128,
-        "max_position_embeddings": 160,
-        "num_labels": 1,
-        "hidden_act": activation,
-    }
-    model = CrossEncoder(config, dropout=0.0)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(draw(*parameter.shape, seed=int(torch.randint(1000, (), generator=generator))) / 8)
-    rng = np.random.default_rng(0)
-    sizes = ((5, 40), (130, 1, 33)) if dtype == torch.half and activation == "gelu" else ((5, 17), (1, 20))
-    batch = pack_lists([[(rng.integers(1, 100, n), rng.integers(0, 2, n)) for n in one] for one in sizes])
+    model = make_model(activation=activation)
+    batch = make_batch(*((5, 40), (130, 1, 33)) if dtype == torch.half and activation == "gelu" else ((5, 17), (1, 20)))
     exact = scores_and_gradients(model, batch, torch.float64, "reference")
     rounded = scores_and_gradients(model, batch, dtype, "reference")
     actual = scores_and_gradients(model, batch, dtype, "gpu")
@@ -164,3 +172,51 @@ def test_a_whole_model(dtype, activation):
         size = truth.norm()
         allowed = 2 * (rounded[name] - truth).norm() + 8 * torch.finfo(dtype).eps * size + 1e-6
         assert (actual[name] - truth).norm() <= allowed, name
+
+
+@pytest.mark.parametrize("frozen_layers", [0, 1])
+def test_layers_in_few_steps_train_as_modules_do(frozen_layers, monkeypatch):
+    """gpu_layers beside encoder.Layer on the same kernels, with dropout: the same masks, the same gradients but for
+    rounding, none for what does not learn."""
+    model = make_model(layers=3, dropout=0.3).train().to_precision("fp16", hidden_states="fp16")
+    for module in (model.encoder.embeddings, *model.encoder.layers[:frozen_layers]) if frozen_layers else ():
+        module.requires_grad_(False)
+    batch = make_batch((5, 40), (70, 1, 33))
+    monkeypatch.setenv("FASTRANK_BACKEND", "gpu")
+    used = []
+    for name in ("train", "infer"):
+        function = getattr(gpu_layers, name)
+        monkeypatch.setattr(gpu_layers, name, lambda *given, f=function, n=name: used.append(n) or f(*given))
+
+    def run() -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        model.zero_grad()
+        scores = model.score(batch)
+        (scores * torch.linspace(-1, 1, len(scores))).sum().backward()
+        return {"scores": scores.detach()} | {
+            name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None
+        }
+
+    found = run()
+    monkeypatch.setattr(gpu_layers, "suits", lambda layers, x: False)
+    expected = run()
+    assert used == ["train"] and found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert (found[name] - value).norm() <= 0.02 * value.norm() + 1e-5, name
+
+
+def test_layers_in_few_steps_score_as_modules_do(monkeypatch):
+    model = make_model(layers=3).eval().requires_grad_(False).to_precision("fp16", hidden_states="fp16")
+    batch = make_batch((5, 40), (70, 1, 33))
+    monkeypatch.setenv("FASTRANK_BACKEND", "gpu")
+    with torch.inference_mode(), poisoned_memory():
+        found = model.score(batch)
+    weight = model.encoder.layers[0].up.weight
+    with torch.no_grad():
+        assert model.score(batch).equal(found)
+        weight.mul_(2)
+        changed = model.score(batch)
+        weight.requires_grad_().data.div_(2)  # of which no version tells
+        assert not changed.equal(found) and model.score(batch).equal(found)
+    monkeypatch.setattr(gpu_layers, "suits", lambda layers, x: False)
+    torch.testing.assert_close(found, model.score(batch), rtol=2e-3, atol=2e-3)

@@ -7,7 +7,7 @@ on the device, once a batch, so that nothing is read back to the host.
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -23,6 +23,7 @@ from fastrank.kernels.configuration import (
     POINTERS,
     STEP,
     Configuration,
+    Launch,
     Table,
     align,
     configure,
@@ -30,15 +31,45 @@ from fastrank.kernels.configuration import (
 )
 
 HEAD_DIMS = (32, 64, 128)
-# Pairs of up to so many tokens are one tile of keys; a forward program takes the second number of queries of one.
-SHORT_TILES = {32: 32, 64: 64, 128: 64}
+# Of short pairs, by head dimension and the longest pair of a kernel. The forward's: tile of queries, how many of these,
+# keys, more keys behind them, warps, stages. The backward's: tile of queries, tile of keys, how many of these, warps,
+# stages. Longer pairs are long ones.
+FORWARD_TILES = {
+    32: {
+        32: (32, 1, 32, 0, 2, 2),
+        64: (64, 1, 64, 0, 4, 2),
+        96: (128, 1, 64, 32, 8, 2),
+        128: (64, 2, 128, 0, 4, 2),
+    },
+    64: {
+        32: (32, 1, 32, 0, 2, 2),
+        64: (64, 1, 64, 0, 4, 2),
+        128: (128, 1, 128, 0, 8, 2),
+    },
+    128: {
+        32: (32, 1, 32, 0, 2, 1),
+        64: (64, 1, 64, 0, 4, 1),
+        96: (128, 1, 64, 32, 8, 1),
+        128: (64, 2, 128, 0, 8, 1),
+    },
+}
+BACKWARD_TILES = {
+    32: {32: (32, 32, 1, 2, 1), 64: (64, 64, 1, 4, 1), 128: (128, 64, 2, 8, 1)},
+    64: {32: (32, 32, 1, 2, 1), 64: (64, 64, 1, 4, 1), 128: (128, 32, 4, 8, 2)},
+    128: {32: (32, 32, 1, 2, 1), 64: (64, 64, 1, 8, 1)},
+}
+PROGRAMS = 4096  # a forward of short pairs has more heads a program where it would have more programs than so many
 FEW = 16  # queries of a tile where queries have offsets of their own: the fewest that a matrix unit takes
 LOG2_E = math.log2(math.e)
 ENDS = ("begins", "ends")
 
 
 def _configure(
-    kernel: Callable, dtype: torch.dtype, num_warps: int, num_stages: int = 1, **constants: object
+    kernel: Callable,
+    dtype: torch.dtype,
+    num_warps: int,
+    num_stages: int = 1,
+    **constants: object,
 ) -> Configuration:
     types = dict.fromkeys(("q", "k", "v", "out", "dout", "dq", "dk", "dv"), POINTERS[dtype]) | {"scale": "fp32"}
     types |= dict.fromkeys(("highest", "log_totals", "delta"), "*fp32")
@@ -46,44 +77,62 @@ def _configure(
     return configure(kernel, types, constants, num_warps, num_stages)
 
 
+def _short_configurations(dtype: torch.dtype, head_dim: int) -> dict[str, Configuration]:
+    made = {}
+    shortest = 1
+    for longest, (queries, query_tiles, keys, more, warps, stages) in FORWARD_TILES[head_dim].items():
+        made[f"forward {longest}"] = _configure(
+            gpu_kernels.attention_short_forward_kernel,
+            dtype,
+            warps,
+            stages,
+            HEAD_DIM=head_dim,
+            BLOCK_QUERIES=queries,
+            QUERY_TILES=query_tiles,
+            BLOCK_KEYS=keys,
+            MORE_KEYS=more,
+            MIN_KEYS=shortest,
+        )
+        shortest = longest + 1
+    shortest = 1
+    for longest, (queries, keys, key_tiles, warps, stages) in BACKWARD_TILES[head_dim].items():
+        made[f"backward {longest}"] = _configure(
+            gpu_kernels.attention_short_backward_kernel,
+            dtype,
+            warps,
+            stages,
+            HEAD_DIM=head_dim,
+            BLOCK_QUERIES=queries,
+            BLOCK_KEYS=keys,
+            KEY_TILES=key_tiles,
+            MIN_KEYS=shortest,
+        )
+        shortest = longest + 1
+    return made
+
+
 def _configurations(dtype: torch.dtype, head_dim: int) -> dict[str, Configuration]:
     """The kernels of one dtype and head dimension. float32 goes without matrix units: all its pairs count as long."""
-    forward, backward = gpu_kernels.attention_forward_kernel, gpu_kernels.attention_backward_kernel
-    made = {}
     if dtype == torch.float32:
         tile = {"HEAD_DIM": head_dim, "BLOCK_QUERIES": FEW, "BLOCK_KEYS": 32 if head_dim < 128 else 16}
-        warps, stages = 4 if head_dim < 64 else 8, 1
+        made, warps, stages = {}, 4 if head_dim < 64 else 8, 1
     else:
-        tile, warps, stages = {"HEAD_DIM": head_dim, "BLOCK_QUERIES": 64, "BLOCK_KEYS": 64}, 4, 2
-        shortest = 1
-        for longest, queries in SHORT_TILES.items():
-            short = {"HEAD_DIM": head_dim, "BLOCK_KEYS": longest, "MIN_KEYS": shortest}
-            made[f"forward {longest}"] = _configure(
-                forward,
-                dtype,
-                num_warps=2 if longest == 32 else 4,
-                **short,
-                BLOCK_QUERIES=queries,
-                TILES_PER_PAIR=longest // queries,
-            )
-            made[f"backward {longest}"] = _configure(
-                backward,
-                dtype,
-                num_warps=8 if longest * head_dim > 64 * 64 else 4,
-                **short,
-                BLOCK_QUERIES=32 if longest == 128 else longest,
-            )
-            shortest = longest + 1
+        tile = {"HEAD_DIM": head_dim, "BLOCK_QUERIES": 64, "BLOCK_KEYS": 64}
+        made, warps, stages = _short_configurations(dtype, head_dim), 4, 3 if head_dim < 128 else 2
+    exact = {"IS_EXACT": dtype == torch.float32}
     for name, queries in (("long", tile["BLOCK_QUERIES"]), ("few", FEW)):
-        cut = tile | {"BLOCK_QUERIES": queries}
-        made[f"forward {name}"] = _configure(forward, dtype, warps, stages, **cut, TILES_PER_PAIR=0, MIN_KEYS=0)
+        cut = tile | {"BLOCK_QUERIES": queries} | exact
+        made[f"forward {name}"] = _configure(gpu_kernels.attention_forward_kernel, dtype, warps, stages, **cut)
         if head_dim == 128:
             warps = 8  # with 4 the backward would spill
-        exact = {"IS_EXACT": dtype == torch.float32}
-        made[f"dq {name}"] = _configure(gpu_kernels.attention_dq_kernel, dtype, warps, stages, **cut, **exact)
+        # Few queries have small gradients, in which the rounding of out that is in delta would be seen.
+        mends = {"MENDS_DELTA": dtype == torch.float32 or name == "few"}
+        made[f"dq {name}"] = _configure(gpu_kernels.attention_dq_kernel, dtype, warps, stages, **cut, **mends)
+        if dtype != torch.float32:
+            stages = 2
         if head_dim == 64:
             cut["BLOCK_QUERIES"] = min(cut["BLOCK_QUERIES"], 32)  # with more it would spill
-        made[f"dkdv {name}"] = _configure(gpu_kernels.attention_dkdv_kernel, dtype, warps, stages, **cut, **exact)
+        made[f"dkdv {name}"] = _configure(gpu_kernels.attention_dkdv_kernel, dtype, warps, stages, **cut)
     return made
 
 
@@ -160,7 +209,8 @@ class Cuts:
 _known_cuts: WeakIdKeyDictionary = WeakIdKeyDictionary()  # those of one batch serve all its layers
 
 
-def _find_cuts(offsets: Tensor, query_offsets: Tensor | None, num_queries: int, num_keys: int, span) -> Cuts:
+def find_cuts(offsets: Tensor, query_offsets: Tensor | None, num_queries: int, num_keys: int, span) -> Cuts:
+    """Of a packed batch; the same ones as long as `offsets` is the same tensor."""
     # What changes an inference tensor in place is not counted, so nothing is kept for those.
     keeps = query_offsets is None and not offsets.is_inference()
     state = (offsets._version, span) if keeps else None
@@ -185,6 +235,24 @@ def _find_cuts(offsets: Tensor, query_offsets: Tensor | None, num_queries: int, 
     return cuts
 
 
+def first_token_cuts(cuts: Cuts) -> Cuts:
+    """For queries of the first tokens alone, a row a pair."""
+    pairs = cuts.num_pairs
+    numbers, tiles = _count(1 << pairs.bit_length(), cuts.key_begins.device)
+    one_each = numbers[:pairs], numbers[1 : pairs + 1]
+    first = Cuts(*one_each, cuts.key_begins, cuts.key_ends, pairs, cuts.num_keys, False, cuts.span)
+    first.tiles["query", FEW, 0] = tiles[:pairs]
+    return first
+
+
+@functools.lru_cache(16)
+def _count(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """0, 1, 2, ... (size + 1,), and each beside a 0, (size + 1, 2)."""
+    with torch.inference_mode(False):
+        numbers = torch.arange(size + 1, dtype=torch.int32, device=device)
+        return numbers, torch.stack([numbers, torch.zeros_like(numbers)], 1)
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -194,14 +262,14 @@ def attention(
     scale: float,
     span: tuple[int, int] | None = None,
 ) -> Tensor:
-    cuts = _find_cuts(offsets, query_offsets, len(q), len(k), span)
+    cuts = find_cuts(offsets, query_offsets, len(q), len(k), span)
     return _attend(q, k, v, cuts, scale, torch.empty)
 
 
 def fused_attention(qkv: Tensor, offsets: Tensor, scale: float, span: tuple[int, int] | None = None) -> Tensor:
     if scale <= 0:
         return attention(*qkv.unbind(1), offsets, None, scale, span)
-    cuts = _find_cuts(offsets, None, len(qkv), len(qkv), span)
+    cuts = find_cuts(offsets, None, len(qkv), len(qkv), span)
     qkv = _aligned(qkv)
     if torch.is_grad_enabled() and qkv.requires_grad:
         return _FusedAttention.apply(qkv, cuts, scale)
@@ -248,8 +316,8 @@ def _full_name(name: str, dtype: torch.dtype, head_dim: int) -> str:
     return f"{name} {name_of(dtype)} {head_dim}"
 
 
-def _launch(name: str, like: Tensor, num_programs: int, *arguments: Tensor | int | float) -> None:
-    CONFIGURATIONS.launch(_full_name(name, like.dtype, like.shape[2]), num_programs, *arguments)
+def _prepare(name: str, like: Tensor, num_programs: int, *arguments: Tensor | int | float) -> Launch:
+    return CONFIGURATIONS.prepare(_full_name(name, like.dtype, like.shape[2]), num_programs, *arguments)
 
 
 def _constants(name: str, like: Tensor) -> Mapping[str, object]:
@@ -262,38 +330,59 @@ def _tile(name: str, like: Tensor) -> tuple[int, int]:
 
 
 @functools.cache
-def _short(dtype: torch.dtype) -> list[tuple[int, int]]:
-    """Shortest and longest pair of each kernel that takes short ones."""
-    ends = () if dtype == torch.float32 else tuple(SHORT_TILES)
+def _short(dtype: torch.dtype, tiles: str, head_dim: int) -> list[tuple[int, int]]:
+    """Shortest and longest pair of each kernel of the "forward" or "backward" that takes short ones."""
+    known = FORWARD_TILES if tiles == "forward" else BACKWARD_TILES
+    ends = () if dtype == torch.float32 else tuple(known[head_dim])
     return list(zip((1, *(end + 1 for end in ends)), ends, strict=False))
+
+
+def _heads_each(num_pairs: int, num_heads: int) -> int:
+    """How many heads a forward program of short pairs walks over: it loads the next while it computes one."""
+    return min(max(1, num_pairs * num_heads // PROGRAMS), num_heads)
 
 
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, cuts: Cuts, scale: float, allocate: Callable[..., Tensor]
 ) -> tuple[Tensor, Tensor]:
     out = allocate(q.shape, dtype=q.dtype, device=q.device)
-    statistics = torch.empty(2, q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
-    if not out.numel():
-        return out, statistics
-    rows = cuts.query_begins, cuts.query_ends, cuts.key_begins, cuts.key_ends
-    heads = q.shape[1]
-    numbers = heads, len(q), *_steps(q, k, v), scale * LOG2_E
-    above = 0
-    if cuts.are_shared:
-        for shortest, longest in _short(q.dtype):
-            above = longest
-            if cuts.may_hold(shortest, longest):
-                name = f"forward {longest}"
-                programs = cuts.num_pairs * _constants(name, q)["TILES_PER_PAIR"] * heads
-                _launch(name, q, programs, q, k, v, out, *statistics, *rows, cuts.key_begins, *numbers)
-    if not cuts.are_shared or cuts.may_hold(above + 1, cuts.num_keys):
-        name = "forward long" if cuts.are_shared else "forward few"
-        tiles = cuts.cut("query", _tile(name, q)[0], above)
-        _launch(name, q, len(tiles) * heads, q, k, v, out, *statistics, *rows, tiles, *numbers)
+    statistics = empty_statistics(q)
+    for launch in forward_launches(q, k, v, out, statistics, cuts, scale):
+        launch()
     return out, statistics
 
 
-def _backward(
+def empty_statistics(q: Tensor) -> Tensor:
+    """Room for the highest score of each row and the logarithm of its divisor, float32 (2, heads, queries); in 16 bits
+    the second alone is written, and holds their sum."""
+    return torch.empty(2, q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
+
+
+def forward_launches(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: Tensor, cuts: Cuts, scale: float
+) -> Iterator[Launch]:
+    """Together they write out and statistics; scale is positive."""
+    if not out.numel():
+        return
+    rows = cuts.query_begins, cuts.query_ends, cuts.key_begins, cuts.key_ends
+    heads = q.shape[1]
+    numbers = len(q), *_steps(q, k, v), scale * LOG2_E
+    above = 0
+    if cuts.are_shared:
+        each = _heads_each(cuts.num_pairs, heads)
+        programs = cuts.num_pairs * -(-heads // each)
+        for shortest, longest in _short(q.dtype, "forward", q.shape[2]):
+            above = longest
+            if cuts.may_hold(shortest, longest):
+                given = q, k, v, out, *statistics, cuts.key_begins, cuts.key_ends, heads, each, *numbers
+                yield _prepare(f"forward {longest}", q, programs, *given)
+    if not cuts.are_shared or cuts.may_hold(above + 1, cuts.num_keys):
+        name = "forward long" if cuts.are_shared else "forward few"
+        tiles = cuts.cut("query", _tile(name, q)[0], above)
+        yield _prepare(name, q, len(tiles) * heads, q, k, v, out, *statistics, *rows, tiles, heads, *numbers)
+
+
+def backward_launches(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -303,10 +392,10 @@ def _backward(
     gradients: tuple[Tensor, Tensor, Tensor],
     cuts: Cuts,
     scale: float,
-) -> None:
+) -> Iterator[Launch]:
+    """Run in order, they write the gradients of q, k and v; dout lies as align() leaves it."""
     if not (q.numel() or k.numel()):
         return
-    dout = align(dout)
     rows = cuts.query_begins, cuts.query_ends, cuts.key_begins, cuts.key_ends
     heads = q.shape[1]
     dq, dk, dv = gradients
@@ -315,22 +404,28 @@ def _backward(
     scale *= LOG2_E
     above = 0
     if cuts.are_shared:
-        for shortest, longest in _short(q.dtype):
+        for shortest, longest in _short(q.dtype, "backward", q.shape[2]):
             above = longest
             if cuts.may_hold(shortest, longest):
-                given = q, k, v, dout, *statistics, dq, dk, dv, cuts.key_begins, cuts.key_ends, heads, len(q), *steps
+                given = q, k, v, out, dout, statistics[1], dq, dk, dv, cuts.key_begins, cuts.key_ends
                 programs = cuts.num_pairs * heads
-                _launch(f"backward {longest}", q, programs, *given, dq_step, dk_step, dv_step, scale)
+                more = heads, len(q), *steps, dq_step, dk_step, dv_step, scale
+                yield _prepare(f"backward {longest}", q, programs, *given, *more)
     if not cuts.are_shared or cuts.may_hold(above + 1, cuts.num_keys):
         name = "long" if cuts.are_shared else "few"
         delta = torch.empty_like(statistics[0])
         queries, keys = _tile(f"dq {name}", q)
         tiles = cuts.cut("query", queries, above)
         given = q, k, v, out, dout, *statistics, delta, dq, *rows, tiles, heads, len(q), *steps, dq_step, scale
-        _launch(f"dq {name}", q, len(tiles) * heads, *given)
+        yield _prepare(f"dq {name}", q, len(tiles) * heads, *given)
         tiles = cuts.cut("key", keys, above)
         given = q, k, v, dout, *statistics, delta, dk, dv, *rows, tiles, heads, len(q), *steps, dk_step, dv_step, scale
-        _launch(f"dkdv {name}", q, len(tiles) * heads, *given)
+        yield _prepare(f"dkdv {name}", q, len(tiles) * heads, *given)
+
+
+def _backward(q, k, v, out, dout, statistics, gradients, cuts: Cuts, scale: float) -> None:
+    for launch in backward_launches(q, k, v, out, align(dout), statistics, gradients, cuts, scale):
+        launch()
 
 
 class _Attention(Function):

@@ -3,6 +3,7 @@
 dbias is summed over rows by a fixed number of programs and then by torch: without atomics, the same in every run.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -17,6 +18,7 @@ from fastrank.kernels.configuration import (
     POINTERS,
     STEP,
     Configuration,
+    Launch,
     Table,
     align,
     configure,
@@ -24,21 +26,53 @@ from fastrank.kernels.configuration import (
     name_of,
 )
 
-BLOCK_ROWS, BLOCK_COLUMNS = 8, 256
-MOST_PROGRAMS = 1024  # of the backward
+BLOCK_COLUMNS = 256
+BLOCK_BYTES = {"forward": 8192, "backward": 4096}  # of a tensor at a time: four loads of 16 bytes a thread, or two
+MOST_PROGRAMS = 792  # of the backward, so that an H100 holds all at once: six on each of 132 processors, 80 registers
+FURTHEST = tl.constexpr(14.75)  # a number this far below zero times its share is 0 in every dtype
 
 
 @triton.jit
-def normal_share(x, TANH_FORM: tl.constexpr):
-    """What GELU multiplies x with, and the derivative of that."""
+def normal_tail(x, TANH_FORM: tl.constexpr, HALF: tl.constexpr):
+    """The distance d of x from zero, and the tail: the share that GELU takes of -d, 0.5 at zero, falling to 0. Of d it
+    takes one minus that: GELU(x) = max(x, 0) - d * tail. HALF: with an error far below a rounding to half precision."""
+    # Without a limit -inf would be infinity times zero, NaN. NaN itself goes through.
+    distance = tl.minimum(tl.abs(x), FURTHEST, propagate_nan=tl.PropagateNan.ALL)
     if TANH_FORM:
-        square = x * x
-        share = tl.sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * square))
-        slope = share * (1.0 - share) * 1.5957691216057308 * (1.0 + 3 * 0.044715 * square)
+        # 2.302... is 2 sqrt(2 / pi) log2(e).
+        tail = 1.0 / (1.0 + tl.exp2(2.302208198144325 * distance * (1.0 + 0.044715 * distance * distance)))
+    elif HALF:
+        # log2(erfc(d / sqrt(2)) / 2) as a minimax polynomial (Lawson), because tl.erf costs three times as
+        # much, more than the memory lets through. The error, relative to the tail, is 2^-16 up to d = 3, 2^-11.8 up to
+        # 6, 2^-10 up to 13. At FURTHEST the logarithm is -162, where float32 has no more numbers.
+        power = 4.431587e-08 * distance - 2.5712185e-06
+        power = power * distance + 6.4042767e-05
+        power = power * distance - 9.0940488e-04
+        power = power * distance + 8.3229589e-03
+        power = power * distance - 5.3425949e-02
+        power = power * distance - 4.5912127e-01
+        power = power * distance - 1.1509524
+        power = power * distance - 1.0000205
+        tail = tl.exp2(power)
     else:
-        share = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
-        slope = 0.3989422804014327 * tl.exp(-0.5 * x * x)
-    return share, slope
+        tail = 0.5 - 0.5 * tl.erf(distance * 0.7071067811865476)
+    return distance, tail
+
+
+@triton.jit
+def derivative(x, TANH_FORM: tl.constexpr, HALF: tl.constexpr):
+    """Of GELU at x."""
+    distance, tail = normal_tail(x, TANH_FORM, HALF)
+    square = distance * distance
+    if TANH_FORM:
+        # The factors are 2 sqrt(2 / pi) and three times that times 0.044715. One minus the share, the tail, must not be
+        # got by subtraction from the share: far out that cancels, and the rest is multiplied with up to 20.
+        density = tail * (1.0 - tail) * (1.5957691216057308 + 0.21406444881780073 * square)
+    else:
+        # exp(-d^2 / 2) / sqrt(2 pi) as a power of 2.
+        density = tl.exp2(-0.7213475204444817 * square - 1.3257480647361592)
+    below = tail - distance * density  # the derivative at -d
+    return tl.where(x < 0.0, below, 1.0 - below)
 
 
 @kernel(aligned=("x", "bias", "out", "dout", "dx"))
@@ -54,16 +88,18 @@ def gelu_forward_kernel(
 ):
     num_columns = num_steps * STEP
     num_blocks = tl.cdiv(num_columns, BLOCK_COLUMNS)
-    rows = tl.program_id(0) // num_blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    first_row = tl.program_id(0) // num_blocks * BLOCK_ROWS
+    first = first_row * num_columns.to(tl.int64)  # only this needs 64 bits
+    rows = tl.arange(0, BLOCK_ROWS)
     columns = tl.program_id(0) % num_blocks * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    inside = (rows[:, None] < num_rows) & (columns[None, :] < num_columns)
-    offsets = rows.to(tl.int64)[:, None] * num_columns + columns[None, :]
-    bias = tl.load(bias_ptr + columns, mask=columns < num_columns, other=0.0)
-    x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32) + bias[None, :]
-    share, _ = normal_share(x, TANH_FORM)
-    out = tl.where(share > 0.0, x * share, 0.0)  # 0 for -inf, where it would be NaN
-    out = tl.where(x != x, x, out)
-    tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=inside)
+    inside = (rows[:, None] < num_rows - first_row) & (columns[None, :] < num_columns)
+    offsets = rows[:, None] * num_columns + columns[None, :]
+    x = tl.load(x_ptr + first + offsets, mask=inside)
+    bias = tl.load(bias_ptr + columns, mask=columns < num_columns)
+    x = x.to(tl.float32) + bias[None, :]
+    distance, tail = normal_tail(x, TANH_FORM, x_ptr.dtype.element_ty != tl.float32)
+    out = tl.maximum(x, 0.0) - distance * tail
+    tl.store(out_ptr + first + offsets, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @kernel(aligned=("x", "bias", "out", "dout", "dx"))
@@ -84,32 +120,36 @@ def gelu_backward_kernel(
     num_columns = num_steps * STEP
     num_blocks = tl.cdiv(num_columns, BLOCK_COLUMNS)
     part = tl.program_id(0) // num_blocks
+    rows = tl.arange(0, BLOCK_ROWS)
     columns = tl.program_id(0) % num_blocks * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    offsets = rows[:, None] * num_columns + columns[None, :]
     bias = tl.load(bias_ptr + columns, mask=columns < num_columns, other=0.0)
     dbias = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
     for first_row in range(part * BLOCK_ROWS, num_rows, num_parts * BLOCK_ROWS):
-        rows = first_row + tl.arange(0, BLOCK_ROWS)
-        inside = (rows[:, None] < num_rows) & (columns[None, :] < num_columns)
-        offsets = rows.to(tl.int64)[:, None] * num_columns + columns[None, :]
-        x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32) + bias[None, :]
-        dout = tl.load(dout_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-        share, slope = normal_share(x, TANH_FORM)
-        bend = tl.where(slope > 0.0, x * slope, 0.0)
-        dx = dout * tl.where(x != x, x, share + bend)
-        tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+        first = first_row * num_columns.to(tl.int64)  # only this needs 64 bits
+        inside = (rows[:, None] < num_rows - first_row) & (columns[None, :] < num_columns)
+        x = tl.load(x_ptr + first + offsets, mask=inside, other=0.0)
+        dout = tl.load(dout_ptr + first + offsets, mask=inside, other=0.0)
+        x = x.to(tl.float32) + bias[None, :]
+        dx = dout.to(tl.float32) * derivative(x, TANH_FORM, x_ptr.dtype.element_ty != tl.float32)
+        tl.store(dx_ptr + first + offsets, dx.to(dx_ptr.dtype.element_ty), mask=inside)
         dbias += dx
     tl.store(sums_ptr + part * num_columns + columns, tl.sum(dbias, 0), mask=columns < num_columns)
 
 
-def _configure(kernel: Callable, dtype: torch.dtype, tanh_form: bool) -> Configuration:
+def block_rows(name: str, dtype: torch.dtype) -> int:
+    return BLOCK_BYTES[name] // (BLOCK_COLUMNS * dtype.itemsize)
+
+
+def _configure(name: str, kernel: Callable, dtype: torch.dtype, tanh_form: bool) -> Configuration:
     types = dict.fromkeys(("x", "out", "dout", "dx"), POINTERS[dtype]) | {"bias": "*fp32", "sums": "*fp32"}
-    constants = {"TANH_FORM": tanh_form, "BLOCK_ROWS": BLOCK_ROWS, "BLOCK_COLUMNS": BLOCK_COLUMNS}
+    constants = {"TANH_FORM": tanh_form, "BLOCK_ROWS": block_rows(name, dtype), "BLOCK_COLUMNS": BLOCK_COLUMNS}
     return configure(kernel, types, constants)
 
 
 CONFIGURATIONS = Table(
     {
-        f"{name} {form} {name_of(dtype)}": _configure(kernel, dtype, form == "tanh")
+        f"{name} {form} {name_of(dtype)}": _configure(name, kernel, dtype, form == "tanh")
         for name, kernel in (("forward", gelu_forward_kernel), ("backward", gelu_backward_kernel))
         for form in ("erf", "tanh")
         for dtype in FLOATS
@@ -129,17 +169,37 @@ def bias_gelu(x: Tensor, bias: Tensor, tanh_form: bool) -> Tensor:
     return _forward(align(x), align(bias.float()), tanh_form)
 
 
-def _launch(name: str, like: Tensor, tanh_form: bool, num_programs: int, *arguments: Tensor | int) -> None:
-    form = "tanh" if tanh_form else "erf"
-    CONFIGURATIONS.launch(f"{name} {form} {name_of(like.dtype)}", num_programs, *arguments)
+def _prepare(name: str, like: Tensor, tanh_form: bool, num_programs: int, *arguments: Tensor | int) -> Launch:
+    return CONFIGURATIONS.prepare(_full_name(name, tanh_form, like.dtype), num_programs, *arguments)
+
+
+@functools.cache
+def _full_name(name: str, tanh_form: bool, dtype: torch.dtype) -> str:
+    return f"{name} {'tanh' if tanh_form else 'erf'} {name_of(dtype)}"
 
 
 def _forward(x: Tensor, bias: Tensor, tanh_form: bool) -> Tensor:
-    rows, columns = x.shape
     out = torch.empty_like(x)
-    programs = -(-rows // BLOCK_ROWS) * -(-columns // BLOCK_COLUMNS)
-    _launch("forward", x, tanh_form, programs, x, bias, out, rows, columns // STEP.value)
+    forward_launch(x, bias, tanh_form, out)()
     return out
+
+
+def forward_launch(x: Tensor, bias: Tensor, tanh_form: bool, out: Tensor) -> Launch:
+    """Writes out, which may be x. All tensors as align() leaves them, bias float32."""
+    rows, columns = x.shape
+    programs = -(-rows // block_rows("forward", x.dtype)) * -(-columns // BLOCK_COLUMNS)
+    return _prepare("forward", x, tanh_form, programs, x, bias, out, rows, columns // STEP.value)
+
+
+def backward_launch(x: Tensor, bias: Tensor, tanh_form: bool, dout: Tensor, dx: Tensor) -> tuple[Launch, Tensor]:
+    """Writes dx, which may be dout, and sums float32 (parts, columns), also returned, whose sum over parts is dbias.
+    All tensors as align() leaves them, bias float32."""
+    rows, columns = x.shape
+    blocks = max(1, -(-columns // BLOCK_COLUMNS))
+    parts = min(-(-rows // block_rows("backward", x.dtype)), max(1, MOST_PROGRAMS // blocks))
+    sums = torch.empty(parts, columns, dtype=torch.float32, device=x.device)
+    given = x, bias, dout, dx, sums, rows, columns // STEP.value, parts
+    return _prepare("backward", x, tanh_form, parts * blocks, *given), sums
 
 
 class _BiasGelu(Function):
@@ -157,11 +217,7 @@ class _BiasGelu(Function):
         x, bias = ctx.saved_tensors
         tanh_form, bias_dtype = ctx.settings
         x_needed, bias_needed, _ = ctx.needs_input_grad
-        rows, columns = x.shape
-        blocks = max(1, -(-columns // BLOCK_COLUMNS))
-        parts = min(-(-rows // BLOCK_ROWS), max(1, MOST_PROGRAMS // blocks))
         dx = torch.empty_like(x)
-        sums = torch.empty(parts, columns, dtype=torch.float32, device=x.device)
-        given = x, bias, align(dout), dx, sums, rows, columns // STEP.value, parts
-        _launch("backward", x, tanh_form, parts * blocks, *given)
+        launch, sums = backward_launch(x, bias, tanh_form, align(dout), dx)
+        launch()
         return dx if x_needed else None, sums.sum(0).to(bias_dtype) if bias_needed else None, None

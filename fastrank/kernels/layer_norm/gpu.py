@@ -4,7 +4,8 @@ Saved for the backward are the inputs and two numbers a row. Sums over rows are 
 then by torch, without atomics, so that a gradient is the same bit for bit in every run.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -18,6 +19,7 @@ from fastrank.kernels.configuration import (
     POINTERS,
     STEP,
     Configuration,
+    Launch,
     Table,
     align,
     configure,
@@ -107,7 +109,7 @@ def differentiate(
     inside,
     num_steps,
 ):
-    """Writes the gradient of the summed rows; returns what they add to dweight and to dbias."""
+    """Writes the gradient of the summed rows; returns what they add to dweight and to dbias, and that gradient."""
     num_columns = num_steps * STEP
     dout = load_rows(dout_ptr, rows, columns, inside, num_steps)
     mean = tl.load(means_ptr + rows, mask=rows < num_rows, other=0.0)
@@ -118,15 +120,14 @@ def differentiate(
     slope = tl.sum(dnormal * normal, 1) / num_columns
     dx = (dnormal - shift[:, None] - normal * slope[:, None]) * inverse[:, None]
     store_rows(dx_ptr, dx, rows, columns, inside, num_steps)
-    return dout * normal, dout
+    return dout * normal, dout, dx
 
 
 @triton.jit
-def store_sums(sums_ptr, dweight, dbias, columns, num_columns):
-    """This program's part of dweight and dbias."""
-    sums_at = sums_ptr + tl.program_id(0) * (2 * num_columns) + columns
-    tl.store(sums_at, tl.sum(dweight, 0), mask=columns < num_columns)
-    tl.store(sums_at + num_columns, tl.sum(dbias, 0), mask=columns < num_columns)
+def store_sum(sums_ptr, number: tl.constexpr, NUM_SUMS: tl.constexpr, rows, columns, num_columns):
+    """This program's part of one of its NUM_SUMS sums over rows."""
+    sums_at = sums_ptr + (tl.program_id(0) * NUM_SUMS + number) * num_columns + columns
+    tl.store(sums_at, tl.sum(rows, 0), mask=columns < num_columns)
 
 
 @kernel(aligned=("x", "residual", "weight", "bias", "out", "dout", "dx"))
@@ -186,20 +187,21 @@ def layer_norm_backward_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """dx, which is the residual's gradient too, and this program's part of dweight and dbias: sums (programs, 2,
-    columns)."""
+    """dx, which is the residual's gradient too, and this program's part of sums (programs, 3, columns): dweight, dbias,
+    and the sum of dx, which is the gradient of a bias that was added to x."""
     columns = tl.arange(0, BLOCK_COLUMNS)
     num_columns = num_steps * STEP
     weight = tl.load(weight_ptr + columns, mask=columns < num_columns, other=0.0)
     dweight = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
     dbias = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+    total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
     for first_row in range(tl.program_id(0) * BLOCK_ROWS, num_rows, num_programs * BLOCK_ROWS):
         rows = first_row + tl.arange(0, BLOCK_ROWS)
         inside = (rows[:, None] < num_rows) & (columns[None, :] < num_columns)
         summed = load_rows(x_ptr, rows, columns, inside, num_steps)
         with_residual = inside & (rows[:, None] < num_rows * has_residual)
         summed += load_rows(residual_ptr, rows, columns, with_residual, num_steps)
-        for_weight, for_bias = differentiate(
+        for_weight, for_bias, dx = differentiate(
             summed,
             weight,
             means_ptr,
@@ -214,7 +216,10 @@ def layer_norm_backward_kernel(
         )
         dweight += for_weight
         dbias += for_bias
-    store_sums(sums_ptr, dweight, dbias, columns, num_columns)
+        total += tl.where(inside, dx, 0.0)
+    store_sum(sums_ptr, 0, 3, dweight, columns, num_columns)
+    store_sum(sums_ptr, 1, 3, dbias, columns, num_columns)
+    store_sum(sums_ptr, 2, 3, total, columns, num_columns)
 
 
 @kernel(aligned=("words", "types", "places", "weight", "bias", "out", "dout", "dx"))
@@ -290,7 +295,8 @@ def embedding_norm_backward_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """dx (tokens, columns), the gradient of each token's three vectors, and sums as in layer_norm_backward_kernel."""
+    """dx (tokens, columns), the gradient of each token's three vectors, and this program's part of sums (programs, 2,
+    columns): dweight and dbias."""
     columns = tl.arange(0, BLOCK_COLUMNS)
     num_columns = num_steps * STEP
     weight = tl.load(weight_ptr + columns, mask=columns < num_columns, other=0.0)
@@ -312,7 +318,7 @@ def embedding_norm_backward_kernel(
             inside,
             num_steps,
         )
-        for_weight, for_bias = differentiate(
+        for_weight, for_bias, _ = differentiate(
             summed,
             weight,
             means_ptr,
@@ -327,7 +333,8 @@ def embedding_norm_backward_kernel(
         )
         dweight += for_weight
         dbias += for_bias
-    store_sums(sums_ptr, dweight, dbias, columns, num_columns)
+    store_sum(sums_ptr, 0, 2, dweight, columns, num_columns)
+    store_sum(sums_ptr, 1, 2, dbias, columns, num_columns)
 
 
 def _configure(kernel: Callable, dtype: torch.dtype, width: int) -> Configuration:
@@ -382,14 +389,24 @@ def embedding_norm(
     return _EmbeddingNorm.apply(*ids, *tables, padding, weight, bias, eps, dtype)
 
 
-def _launch(name: str, dtype: torch.dtype, columns: int, num_programs: int, *arguments: Tensor | int | float) -> None:
-    width = next(width for width in WIDTHS if columns <= width)
-    CONFIGURATIONS.launch(f"{name} {name_of(dtype)} {width}", num_programs, *arguments)
+def _prepare(
+    name: str, dtype: torch.dtype, columns: int, num_programs: int, *arguments: Tensor | int | float
+) -> Launch:
+    return CONFIGURATIONS.prepare(_full_name(name, dtype, columns), num_programs, *arguments)
+
+
+@functools.cache
+def _width(columns: int) -> int:
+    return next(width for width in WIDTHS if columns <= width)
+
+
+@functools.cache
+def _full_name(name: str, dtype: torch.dtype, columns: int) -> str:
+    return f"{name} {name_of(dtype)} {_width(columns)}"
 
 
 def _num_blocks(num_rows: int, columns: int) -> int:
-    width = next(width for width in WIDTHS if columns <= width)
-    return -(-num_rows // (TILE // width))
+    return -(-num_rows // (TILE // _width(columns)))
 
 
 def _full(tensor: Tensor) -> Tensor:
@@ -397,19 +414,47 @@ def _full(tensor: Tensor) -> Tensor:
     return align(tensor.detach().float())
 
 
-def _statistics(x: Tensor, num_rows: int) -> list[Tensor]:
-    return [torch.empty(num_rows, dtype=torch.float32, device=x.device) for _ in range(2)]
+def empty_statistics(x: Tensor) -> list[Tensor]:
+    """Room for the mean and the inverse deviation of each row: float32 (rows,) each."""
+    return [torch.empty(len(x), dtype=torch.float32, device=x.device) for _ in range(2)]
 
 
 def _forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, list[Tensor]]:
-    rows, columns = x.shape
-    out, statistics = torch.empty_like(x), _statistics(x, rows)
-    given = x, x if residual is None else residual, weight, _full(bias), out, *statistics
-    numbers = rows, columns // STEP.value, int(residual is not None), eps
-    _launch("forward", x.dtype, columns, _num_blocks(rows, columns), *given, *numbers)
+    out, statistics = torch.empty_like(x), empty_statistics(x)
+    forward_launch(x, residual, weight, _full(bias), eps, out, statistics)()
     return out, statistics
+
+
+def forward_launch(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    out: Tensor,
+    statistics: Sequence[Tensor],
+) -> Launch:
+    """Writes out and statistics, float32 (rows,) each: means and inverse deviations. All tensors as align() leaves
+    them, weight and bias float32."""
+    rows, columns = x.shape
+    given = x, x if residual is None else residual, weight, bias, out, *statistics
+    numbers = rows, columns // STEP.value, int(residual is not None), eps
+    return _prepare("forward", x.dtype, columns, _num_blocks(rows, columns), *given, *numbers)
+
+
+def backward_launch(
+    x: Tensor, residual: Tensor | None, weight: Tensor, statistics: Sequence[Tensor], dout: Tensor, dx: Tensor
+) -> tuple[Launch, Tensor]:
+    """Writes dx, and sums float32 (programs, 3, columns), also returned, whose sum over programs is dweight, dbias and
+    the sum of dx. All tensors as align() leaves them, weight float32."""
+    rows, columns = x.shape
+    programs = min(_num_blocks(rows, columns), MOST_PROGRAMS)
+    sums = torch.empty(programs, 3, columns, dtype=torch.float32, device=x.device)
+    given = x, x if residual is None else residual, weight, *statistics, dout, dx, sums
+    numbers = rows, columns // STEP.value, int(residual is not None), programs
+    return _prepare("backward", x.dtype, columns, programs, *given, *numbers), sums
 
 
 class _LayerNorm(Function):
@@ -427,14 +472,10 @@ class _LayerNorm(Function):
     def backward(ctx, dout):
         x, residual, weight, *statistics = ctx.saved_tensors
         x_needed, residual_needed, weight_needed, bias_needed, _ = ctx.needs_input_grad
-        rows, columns = x.shape
         dx = torch.empty_like(x)
-        programs = min(_num_blocks(rows, columns), MOST_PROGRAMS)
-        sums = torch.empty(programs, 2, columns, dtype=torch.float32, device=x.device)
-        given = x, x if residual is None else residual, weight, *statistics, align(dout), dx, sums
-        numbers = rows, columns // STEP.value, int(residual is not None), programs
-        _launch("backward", x.dtype, columns, programs, *given, *numbers)
-        dweight, dbias = sums.sum(0) if weight_needed or bias_needed else (None, None)
+        launch, sums = backward_launch(x, residual, weight, statistics, align(dout), dx)
+        launch()
+        dweight, dbias = sums[:, :2].sum(0) if weight_needed or bias_needed else (None, None)
         return (
             dx if x_needed else None,
             dx if residual_needed else None,
@@ -452,9 +493,9 @@ class _EmbeddingNorm(Function):
         weight = _full(weight)
         rows, columns = len(token_ids), words.shape[1]
         out = torch.empty(rows, columns, dtype=dtype, device=words.device)
-        statistics = _statistics(words, rows)
+        statistics = empty_statistics(out)
         given = *ids, *tables, weight, _full(bias), out, *statistics, rows, columns // STEP.value, eps
-        _launch("embedding forward", dtype, columns, _num_blocks(rows, columns), *given)
+        _prepare("embedding forward", dtype, columns, _num_blocks(rows, columns), *given)()
         ctx.save_for_backward(*ids, *tables, weight, *statistics)
         ctx.padding = padding
         return out
@@ -469,7 +510,7 @@ class _EmbeddingNorm(Function):
         programs = min(_num_blocks(rows, columns), MOST_PROGRAMS)
         sums = torch.empty(programs, 2, columns, dtype=torch.float32, device=dout.device)
         arguments = *given, weight, means, inverses, align(dout), dx, sums, rows, columns // STEP.value, programs
-        _launch("embedding backward", dout.dtype, columns, programs, *arguments)
+        _prepare("embedding backward", dout.dtype, columns, programs, *arguments)()
         dweight, dbias = sums.sum(0)
         word_padding, position_padding = (-1 if one is None else one for one in ctx.padding)
         # torch sorts the ids and adds the rows of each up in order.
