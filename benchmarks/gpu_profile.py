@@ -1,7 +1,10 @@
-"""Where the time of a forward and of a training step goes: kernels by their share, and how long the GPU waits."""
+"""Where the time of a forward, a query and a training step goes: what the GPU waits for the host, its kernels by their
+share, and the host's functions."""
 
 from __future__ import annotations
 
+import cProfile
+import pstats
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -18,65 +21,90 @@ from fastrank.train import TrainConfig
 from fastrank.train.trainer import Trainer
 
 ROUNDS = 5
-MOST_KERNELS = 22
+MOST_KERNELS, MOST_FUNCTIONS = 22, 16
 
 
-def shares(title: str, run: Callable[[], object], device: str) -> Iterator[str]:
-    """Wall time of a run, what of it the GPU works, and the kernels that take the most of that."""
+def run(*, device: str, limits: dict, data: Path | None, dry_run: bool, large: bool) -> Iterator[str]:
+    runs: dict[str, Callable[[], object]] = {}
+    for shape in ("tiny",) if dry_run else ("MiniLM-L6", "ELECTRA-base"):
+        runs |= runs_of(shape, device, data, dry_run)
+    walls = {title: wall_and_launched(one, device) for title, one in runs.items()}  # before a profiler slows launches
+    for title, one in runs.items():
+        rows = kernels(one, device)
+        busy = sum(row[2] for row in rows)
+        wall, launched = walls[title]
+        yield (
+            f"{title}: {wall * 1e3:.2f} ms, launched in {launched * 1e3:.2f} ms, GPU busy {busy * 1e3:.2f} ms, "
+            f"{sum(row[1] for row in rows):.0f} launches"
+        )
+        for name, count, seconds in rows[:MOST_KERNELS]:
+            yield f"    {seconds / max(busy, 1e-12):6.1%} {seconds * 1e3:8.3f} ms {count:6.1f} x {name[:110]}"
+        yield from (f"    host {line}" for line in functions(one, device))
 
-    def wait() -> None:
-        if device == "cuda":
-            torch.cuda.synchronize()
 
+def runs_of(shape: str, device: str, data: Path | None, dry_run: bool) -> dict[str, Callable[[], object]]:
+    """By title."""
+    lengths = np.clip(np.random.default_rng(0).lognormal(4.42, 0.4, 8 if dry_run else 700), 24, 256).astype(int)
+    model = make_model(shape).requires_grad_(False).to(device).to_precision("float32" if dry_run else "bf16")
+    batch = batch_of(lengths, model.settings.vocab_size, device)
+    _, lists = texts(data, dry_run)
+    graphs = {"cuda_graphs": False} if device == "cuda" else {}
+    reranker = Reranker(checkpoint(shape, data, dry_run), device=device, max_length=MAX_LENGTH, **graphs)
+    query, documents = lists[0].query, list(lists[0].documents)
+    found = {
+        f"forward, {shape}, {lengths.sum()} tokens": torch.inference_mode()(lambda: model.score(batch)),
+        f"one query, {shape}, {len(documents)} documents": lambda: reranker.rank(query, documents),
+    }
+    for stage in STAGES:
+        found[f"training step, {stage}, {shape}"] = training(shape, stage, device, data, dry_run)
+    return found
+
+
+def wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def wall_and_launched(run: Callable[[], object], device: str) -> tuple[float, float]:
+    """Seconds of a run, and those after which the host is done with it."""
     for _ in range(3):
         run()
-    wait()
+    wait(device)
     started = time.perf_counter()
     for _ in range(ROUNDS):
         run()
     launched = (time.perf_counter() - started) / ROUNDS
-    wait()
-    wall = (time.perf_counter() - started) / ROUNDS
+    wait(device)
+    return (time.perf_counter() - started) / ROUNDS, launched
+
+
+def kernels(run: Callable[[], object], device: str) -> list[tuple[str, float, float]]:
+    """Name, launches and seconds in a run, the longest first."""
     activity = ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU
     with profile(activities=[activity]) as profiler:
         for _ in range(ROUNDS):
             run()
-        wait()
-    rows = [(one.key, one.count, one.self_device_time_total) for one in profiler.key_averages()]
-    rows = sorted((row for row in rows if row[2]), key=lambda row: -row[2])
-    busy = sum(row[2] for row in rows) / ROUNDS / 1e6
-    yield (
-        f"{title}: {wall * 1e3:.2f} ms, launched in {launched * 1e3:.2f} ms, GPU busy {busy * 1e3:.2f} ms, "
-        f"{sum(row[1] for row in rows) / ROUNDS:.0f} launches"
-    )
-    for name, count, total in rows[:MOST_KERNELS]:
-        share = total / ROUNDS / 1e6 / max(busy, 1e-12)
-        yield f"    {share:6.1%} {total / ROUNDS / 1e3:8.3f} ms {count / ROUNDS:6.1f} x {name[:110]}"
+        wait(device)
+    rows = [(one.key, one.count / ROUNDS, one.self_device_time_total / ROUNDS / 1e6) for one in profiler.key_averages()]
+    return sorted((row for row in rows if row[2]), key=lambda row: -row[2])
 
 
-def run(*, device: str, limits: dict, data: Path | None, dry_run: bool, large: bool) -> Iterator[str]:
-    lengths = np.clip(np.random.default_rng(0).lognormal(4.42, 0.4, 8 if dry_run else 700), 24, 256).astype(int)
-    for shape in ("tiny",) if dry_run else ("MiniLM-L6", "ELECTRA-base"):
-        model = make_model(shape).requires_grad_(False).to(device).to_precision("float32" if dry_run else "bf16")
-        batch = batch_of(lengths, model.settings.vocab_size, device)
-        with torch.inference_mode():
-            yield from shares(f"forward, {shape}, {lengths.sum()} tokens", lambda m=model, b=batch: m.score(b), device)
-        del model
-        _, lists = texts(data, dry_run)
-        reranker = Reranker(checkpoint(shape, data, dry_run), device=device, max_length=MAX_LENGTH)
-        one = lists[0]
-        documents = list(one.documents)
-        yield from shares(
-            f"one query, {shape}, {len(documents)} documents",
-            lambda r=reranker, q=one.query, d=documents: r.rank(q, d),
-            device,
-        )
-        del reranker
-        for stage in STAGES:
-            yield from training(shape, stage, device, data, dry_run)
+def functions(run: Callable[[], object], device: str) -> Iterator[str]:
+    """The host's functions by their own time; the profiler adds to each call."""
+    profiler = cProfile.Profile()
+    profiler.enable()
+    for _ in range(ROUNDS):
+        run()
+    profiler.disable()
+    wait(device)
+    stats = pstats.Stats(profiler).stats
+    own = sorted(stats.items(), key=lambda item: -item[1][2])[:MOST_FUNCTIONS]
+    for (file, line, name), (_, calls, seconds, _, _) in own:
+        where = f"{'/'.join(Path(file).parts[-2:])}:{line} {name}"
+        yield f"{seconds / ROUNDS * 1e3:8.3f} ms {calls / ROUNDS:6.0f} x {where[:110]}"
 
 
-def training(shape: str, stage: str, device: str, data: Path | None, dry_run: bool) -> Iterator[str]:
+def training(shape: str, stage: str, device: str, data: Path | None, dry_run: bool) -> Callable[[], object]:
     _, lists = texts(data, dry_run)
     step_lists = lists_of(stage, shape, lists, dry_run)
     trainer = Trainer(
@@ -91,6 +119,4 @@ def training(shape: str, stage: str, device: str, data: Path | None, dry_run: bo
             per_device_train_batch_size=len(step_lists),
         )
     )
-    yield from shares(f"training step, {stage}, {shape}", lambda: trainer.step(step_lists, 1), device)
-    if device == "cuda":
-        torch.cuda.empty_cache()
+    return lambda: trainer.step(step_lists, 1)

@@ -43,12 +43,13 @@ def run(*, device: str, limits: dict, data: Path | None, dry_run: bool, large: b
         yield title
         yield from latency(shape, "", reranker, some, dry_run)
         if not dry_run:
-            with_graphs = Reranker(folder, device=device, max_length=256, activation="none", cuda_graphs=True)
-            yield from latency(shape, ", CUDA graphs", with_graphs, some, dry_run)
-            del with_graphs
-            exact_bits = Reranker(folder, device=device, max_length=256, activation="none", deterministic=True)
-            yield from latency(shape, ", deterministic", exact_bits, some, dry_run)
-            del exact_bits
+            for how, options in (
+                (", without CUDA graphs", {"cuda_graphs": False}),
+                (", deterministic", {"deterministic": True}),
+            ):
+                other = Reranker(folder, device=device, max_length=256, activation="none", **options)
+                yield from latency(shape, how, other, some, dry_run)
+                del other
         del reranker, made
         if device == "cuda":
             torch.cuda.empty_cache()

@@ -22,9 +22,8 @@ VARIANTS: dict[str, dict[str, object]] = {
     "one head a program": {"PROGRAMS": 1 << 30},
     "fewer programs": {"PROGRAMS": 2048},
     "more programs": {"PROGRAMS": 8192},
-    "forward 96, 4 warps": {"forward 96": TWO_TILES},
-    "forward 96, 4 warps, 128 registers": {"forward 96": TWO_TILES | {"max_registers": 128}},
-    "forward 96, 4 warps, 1 stage": {"forward 96": TWO_TILES | {"num_stages": 1}},
+    "forward 96, 8 warps": {"forward 96": ONE_TILE},
+    "forward 96, 128 registers": {"forward 96": {"max_registers": 128}},
     "forward 128, 8 warps": {"forward 128": ONE_TILE},
     "forward 128, 4 warps": {"forward 128": TWO_TILES},
     "forward 128, 4 warps, 1 stage": {"forward 128": TWO_TILES | {"num_stages": 1, "max_registers": 168}},
@@ -33,14 +32,12 @@ VARIANTS: dict[str, dict[str, object]] = {
     "backward 128, 2 stages": {"backward 128": {"num_stages": 2}},
     "backward 128, one tile": {"backward 128": {"BLOCK_KEYS": 128, "KEY_TILES": 1, "num_stages": 1}},
     "backward 128, tiles of 64": {"backward 128": {"BLOCK_KEYS": 64, "KEY_TILES": 2, "num_stages": 1}},
-    "backward 128, tiles of 32": {"backward 128": {"BLOCK_KEYS": 32, "KEY_TILES": 4, "max_registers": 128}},
-    "long, 2 stages": {f"{name} long": {"num_stages": 2} for name in ("forward", "dq")},
+    "backward 128, tiles of 32": {"backward 128": {"BLOCK_KEYS": 32, "KEY_TILES": 4, "num_stages": 2}},
+    "long, 2 stages": {f"{name} long": {"num_stages": 2} for name in ("forward", "dq", "dkdv")},
     "forward long, 128 queries": {"forward long": {"BLOCK_QUERIES": 128, "num_warps": 8}},
-    "forward long, 128 keys": {"forward long": {"BLOCK_KEYS": 128, "num_stages": 2}},
     "dq long, 128 queries": {"dq long": {"BLOCK_QUERIES": 128, "num_warps": 8}},
     "dkdv long, 3 stages": {"dkdv long": {"num_stages": 3}},
-    "dkdv long, 32 queries": {"dkdv long": {"BLOCK_QUERIES": 32}},
-    "dkdv long, 64 queries": {"dkdv long": {"BLOCK_QUERIES": 64, "max_registers": 168}},
+    "dkdv long, 2 stages": {"dkdv long": {"num_stages": 2, "max_registers": 168}},
     "dkdv long, 2 warps": {"dkdv long": {"BLOCK_QUERIES": 32, "num_warps": 2}},
 }
 
@@ -80,16 +77,18 @@ def jobs_of(variant: str, head_dim: int) -> list[tuple[str, str, dict]]:
 @contextlib.contextmanager
 def using(variant: str, head_dim: int) -> Iterator[None]:
     """Inside it the configurations of one head dimension are a variant's."""
-    kept, programs = dict(gpu.CONFIGURATIONS), gpu.PROGRAMS
+    kept, programs, alike = dict(gpu.CONFIGURATIONS), gpu.PROGRAMS, gpu.PROGRAMS_OF_ALIKE
     try:
         if variant != SHIPPED:
-            gpu.PROGRAMS = VARIANTS[variant].get("PROGRAMS", programs)
+            if "PROGRAMS" in VARIANTS[variant]:
+                gpu.PROGRAMS = VARIANTS[variant]["PROGRAMS"]
+                gpu.PROGRAMS_OF_ALIKE = dict.fromkeys(alike, gpu.PROGRAMS)
             for _, name, changes in jobs_of(variant, head_dim):
                 gpu.CONFIGURATIONS[name] = changed(kept[name], changes)
         yield
     finally:
         gpu.CONFIGURATIONS.update(kept)
-        gpu.PROGRAMS = programs
+        gpu.PROGRAMS, gpu.PROGRAMS_OF_ALIKE = programs, alike
 
 
 def vary(title: str, variants: list[str], inputs: Inputs, head_dim: int) -> Iterator[str]:

@@ -64,16 +64,23 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch on a device, without waiting for a GPU."""
-        tensors = (
-            self.token_ids,
-            self.token_types,
-            self.positions,
-            self.pair_offsets,
-            self.list_offsets,
-        )
-        return PackedBatch(
-            *send_together(tensors, device), max_pair_tokens=self.max_pair_tokens, min_pair_tokens=self.min_pair_tokens
-        )
+        moved = send_together(self._tensors, device)
+        return PackedBatch(*moved, max_pair_tokens=self.max_pair_tokens, min_pair_tokens=self.min_pair_tokens)
+
+    def copy_to(self, other: PackedBatch) -> None:
+        """Writes a batch that lies on a CPU over one of the same shapes that to() has put on a GPU."""
+        _memory_of(other._tensors).copy_(_join(self._tensors, pin_memory=True), non_blocking=True)
+
+    @property
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return self.token_ids, self.token_types, self.positions, self.pair_offsets, self.list_offsets
+
+
+def _memory_of(tensors: Sequence[Tensor]) -> Tensor:
+    """The bytes that _split() cut into these."""
+    return torch.empty(0, dtype=torch.uint8, device=tensors[0].device).set_(
+        tensors[0].untyped_storage(), 0, (_places(tensors)[-1],)
+    )
 
 
 def send_together(tensors: Sequence[Tensor], device: torch.device | str) -> list[Tensor]:

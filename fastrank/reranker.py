@@ -34,7 +34,10 @@ if TYPE_CHECKING:
     from fastrank.data import RankingList
 
 DEFAULT_MODEL = "cross-encoder/ms-marco-MiniLM-L6-v2"
-DEFAULT_MAX_BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
+DEFAULT_MAX_BATCH_TOKENS = 2048  # on a CPU
+HIDDEN_NUMBERS = (
+    2**26
+)  # of a batch on a GPU: small models need more tokens to keep it busy while Python launches kernels
 PART_PAIRS = 8192  # that a GPU is given at once: enough for several batches of one length each
 DTYPES = {
     "float32": "float32",
@@ -74,8 +77,9 @@ class Reranker:
             in a batch of its own, about 1.6 times slower for passages of 80 tokens; on a GPU every batch is filled up
             to one shape, at least 8,192 tokens in 512 pairs, which costs a single query the most. Without it the same
             call with the same number of threads gives the same bits.
-        cuda_graphs: on a GPU, record the forward of batches of up to 16,384 tokens, in buckets of 1,024, and replay it:
-            for the latency of single queries. Untested so far.
+        cuda_graphs: on a GPU, record the forward of batches of up to 16,384 tokens, in buckets of 1,024, and replay it,
+            which single queries gain from: True the first time that a bucket is met, which takes some tenths of a
+            second, False never; default: the third time.
         revision, token, local_files_only: as in transformers.
 
     A document's score depends on its pair alone, not on the other documents of the call, up to rounding: products of
@@ -98,7 +102,7 @@ class Reranker:
         num_threads: int | None = None,
         activation: str | None = None,
         deterministic: bool = False,
-        cuda_graphs: bool = False,
+        cuda_graphs: bool | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
         local_files_only: bool = False,
@@ -133,8 +137,11 @@ class Reranker:
             activation=activation or score_activation(loaded.config),
             deterministic=deterministic,
         )
-        if cuda_graphs:
-            self._graphs = Graphs(loaded.score, place, longest=loaded.max_pair_tokens, filler=self._filler)
+        if place.type == "cuda" and cuda_graphs is not False:
+            unrecorded = 0 if cuda_graphs else 2
+            self._graphs = Graphs(
+                loaded.score, place, longest=loaded.max_pair_tokens, filler=self._filler, unrecorded=unrecorded
+            )
 
     @classmethod
     def from_parts(
@@ -165,7 +172,8 @@ class Reranker:
         self.tokenizer = tokenizer
         self.device = next(model.parameters()).device
         if max_batch_tokens is None:
-            max_batch_tokens = DEFAULT_MAX_BATCH_TOKENS.get(self.device.type, DEFAULT_MAX_BATCH_TOKENS["cpu"])
+            on_gpu = self.device.type == "cuda"
+            max_batch_tokens = HIDDEN_NUMBERS // model.settings.hidden_size if on_gpu else DEFAULT_MAX_BATCH_TOKENS
         check_count("max_batch_tokens", max_batch_tokens)
         check_count("num_threads", num_threads, MAX_THREADS)
         self.max_batch_tokens = max_batch_tokens
@@ -305,11 +313,11 @@ class Reranker:
             unique = list(dict.fromkeys(text for texts in documents for text in texts))
             enough = self.tokenizer.enough_tokens(max(map(len, query_ids.values()), default=0))
             document_ids = dict(zip(unique, self.tokenizer.encode(unique, enough=enough), strict=True))
-        return [
-            self.tokenizer.pair(query_ids[query], document_ids[text])
+        return self.tokenizer.pairs(
+            (query_ids[query], document_ids[text])
             for query, texts in zip(queries, documents, strict=True)
             for text in texts
-        ]
+        )
 
     def score_pairs(self, pairs: Sequence[Pair]) -> np.ndarray:
         """Raw scores of pairs of token ids and token types, as PairTokenizer.pair gives them: float32 (pairs,)."""

@@ -7,6 +7,7 @@ others hold.
 """
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -84,10 +85,11 @@ def _up(number: int, step: int) -> int:
 
 
 class Graphs:
-    """Scores of batches, each by the graph of its bucket; recorded the first time that a bucket is met.
+    """Scores of batches, each by the graph of its bucket, which is recorded when the bucket has been met often enough.
 
     score: PackedBatch on the device -> scores (pairs,), which must not wait for the device. longest: tokens that a pair
-    may have there. filler: as in fill(). One batch at a time: graphs share memory, and each has one place for inputs.
+    may have there. filler: as in fill(). unrecorded: how often a bucket goes without a graph at first. One batch at a
+    time: graphs share memory, and each has one place for inputs.
     """
 
     def __init__(
@@ -97,26 +99,32 @@ class Graphs:
         *,
         longest: int,
         filler: tuple[int, int],
+        unrecorded: int = 0,
     ) -> None:
         self._score, self._device, self._longest, self._filler = score, device, longest, filler
+        self._unrecorded = unrecorded
+        self._met: Counter[Bucket] = Counter()
         self._graphs: dict[Bucket, tuple[torch.cuda.CUDAGraph, PackedBatch, Tensor]] = {}
         self._pool = None
         self._lock = threading.Lock()
 
     def score(self, batch: PackedBatch) -> Tensor | None:
-        """Scores of a batch that lies on the CPU, (pairs,) on the device; None where it fits no bucket."""
+        """Scores of a batch that lies on the CPU, (pairs,) on the device; None where there is no graph for it."""
         bucket = find_bucket(batch.num_tokens, batch.num_pairs, batch.max_pair_tokens)
         if bucket is None or bucket.longest > self._longest:
             return None
-        filled = fill(batch, bucket, self._filler)
-        with self._lock, torch.cuda.device(self._device):
-            if bucket not in self._graphs:
-                self._graphs[bucket] = self._record(filled)
-            graph, inputs, scores = self._graphs[bucket]
-            for name in ("token_ids", "token_types", "positions", "pair_offsets"):
-                getattr(inputs, name).copy_(getattr(filled, name).pin_memory(), non_blocking=True)
-            graph.replay()
-            return scores[: batch.num_pairs].clone()
+        with self._lock:
+            self._met[bucket] += 1
+            if self._met[bucket] <= self._unrecorded:
+                return None
+            filled = fill(batch, bucket, self._filler)
+            with torch.cuda.device(self._device):
+                if bucket not in self._graphs:
+                    self._graphs[bucket] = self._record(filled)
+                graph, inputs, scores = self._graphs[bucket]
+                filled.copy_to(inputs)
+                graph.replay()
+                return scores[: batch.num_pairs].clone()
 
     def _record(self, filled: PackedBatch) -> tuple[torch.cuda.CUDAGraph, PackedBatch, Tensor]:
         inputs = filled.to(self._device)

@@ -9,6 +9,7 @@ is scored first and back-propagated in a second pass: gradient caching, Gao et a
 from __future__ import annotations
 
 import hashlib
+import itertools
 import resource
 import time
 from collections.abc import Sequence
@@ -257,7 +258,10 @@ class Trainer:
         """Each list's pairs as (token ids, token types)."""
         texts = list(dict.fromkeys(text for one in lists for text in (one.query, *one.documents)))
         ids = dict(zip(texts, self.tokenizer.encode(texts), strict=True))
-        return [[self.tokenizer.pair(ids[one.query], ids[document]) for document in one.documents] for one in lists]
+        pairs = iter(
+            self.tokenizer.pairs((ids[one.query], ids[document]) for one in lists for document in one.documents)
+        )
+        return [list(itertools.islice(pairs, len(one.documents))) for one in lists]
 
     def scores(self, lists: Sequence[RankingList]) -> list[np.ndarray]:
         """Scores of every list's documents without a gradient, each float32 (documents,)."""

@@ -33,12 +33,12 @@ from fastrank.kernels.configuration import (
 HEAD_DIMS = (32, 64, 128)
 # Of short pairs, by head dimension and the longest pair of a kernel. The forward's: tile of queries, how many of these,
 # keys, more keys behind them, warps, stages. The backward's: tile of queries, tile of keys, how many of these, warps,
-# stages. Longer pairs are long ones.
+# stages. Longer pairs are long ones. Chosen by measurement on an H200 among those that spill no register on sm_80.
 FORWARD_TILES = {
     32: {
         32: (32, 1, 32, 0, 2, 2),
         64: (64, 1, 64, 0, 4, 2),
-        96: (128, 1, 64, 32, 8, 2),
+        96: (64, 2, 64, 32, 4, 2),
         128: (64, 2, 128, 0, 4, 2),
     },
     64: {
@@ -58,7 +58,10 @@ BACKWARD_TILES = {
     64: {32: (32, 32, 1, 2, 1), 64: (64, 64, 1, 4, 1), 128: (128, 32, 4, 8, 2)},
     128: {32: (32, 32, 1, 2, 1), 64: (64, 64, 1, 8, 1)},
 }
-PROGRAMS = 4096  # a forward of short pairs has more heads a program where it would have more programs than so many
+# A forward of short pairs has more heads a program where it would have more programs than so many: it loads the next
+# head's rows while it computes. Where pairs of up to 64 tokens are alone in a batch, there are loads enough without.
+PROGRAMS = 4096
+PROGRAMS_OF_ALIKE = {32: 1 << 30, 64: 8192, 128: 8192}
 FEW = 16  # queries of a tile where queries have offsets of their own: the fewest that a matrix unit takes
 LOG2_E = math.log2(math.e)
 ENDS = ("begins", "ends")
@@ -128,11 +131,9 @@ def _configurations(dtype: torch.dtype, head_dim: int) -> dict[str, Configuratio
         # Few queries have small gradients, in which the rounding of out that is in delta would be seen.
         mends = {"MENDS_DELTA": dtype == torch.float32 or name == "few"}
         made[f"dq {name}"] = _configure(gpu_kernels.attention_dq_kernel, dtype, warps, stages, **cut, **mends)
-        if dtype != torch.float32:
-            stages = 2
-        if head_dim == 64:
-            cut["BLOCK_QUERIES"] = min(cut["BLOCK_QUERIES"], 32)  # with more it would spill
-        made[f"dkdv {name}"] = _configure(gpu_kernels.attention_dkdv_kernel, dtype, warps, stages, **cut)
+        # At 64, three programs to a processor are worth more than loading ahead.
+        last_stages = 1 if dtype == torch.float32 or head_dim == 64 else 2
+        made[f"dkdv {name}"] = _configure(gpu_kernels.attention_dkdv_kernel, dtype, warps, last_stages, **cut)
     return made
 
 
@@ -337,9 +338,12 @@ def _short(dtype: torch.dtype, tiles: str, head_dim: int) -> list[tuple[int, int
     return list(zip((1, *(end + 1 for end in ends)), ends, strict=False))
 
 
-def _heads_each(num_pairs: int, num_heads: int) -> int:
-    """How many heads a forward program of short pairs walks over: it loads the next while it computes one."""
-    return min(max(1, num_pairs * num_heads // PROGRAMS), num_heads)
+def _heads_each(cuts: Cuts, num_heads: int, head_dim: int) -> int:
+    """How many heads a forward program of short pairs walks over."""
+    shortest, longest = cuts.span
+    alike = longest <= 32 or 32 < shortest <= longest <= 64
+    most = PROGRAMS_OF_ALIKE[head_dim] if alike else PROGRAMS
+    return min(max(1, cuts.num_pairs * num_heads // most), num_heads)
 
 
 def _forward(
@@ -369,7 +373,7 @@ def forward_launches(
     numbers = len(q), *_steps(q, k, v), scale * LOG2_E
     above = 0
     if cuts.are_shared:
-        each = _heads_each(cuts.num_pairs, heads)
+        each = _heads_each(cuts, heads, q.shape[2])
         programs = cuts.num_pairs * -(-heads // each)
         for shortest, longest in _short(q.dtype, "forward", q.shape[2]):
             above = longest
