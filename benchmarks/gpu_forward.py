@@ -15,7 +15,6 @@ from timing import Comparison, Contender, best_setting
 from fastrank import Reranker
 from fastrank.packing import pack_pairs, plan_batches
 
-MAX_BATCH_TOKENS = 65536
 MOST_LISTS = 20
 
 
@@ -27,7 +26,7 @@ def run(*, device: str, limits: dict, data: Path | None, dry_run: bool, large: b
         some = lists[:MOST_LISTS]
         pairs = reranker._encode([one.query for one in some], [list(one.documents) for one in some])
         lengths = np.array([len(ids) for ids, _ in pairs])
-        plan = plan_batches(lengths, MAX_BATCH_TOKENS)
+        plan = plan_batches(lengths, reranker.max_batch_tokens)
         batches = [pack_pairs([pairs[i] for i in part]).to(device) for part in plan]
         padded = [pad(batch, reranker.model.settings.pad_token_id or 0) for batch in batches]
         exact = reference_scores(folder, [padded[0]], device)
@@ -41,7 +40,7 @@ def run(*, device: str, limits: dict, data: Path | None, dry_run: bool, large: b
 
         made = [Contender("fastrank", ours, len(pairs), ours=True, check=check)]
         if not dry_run:
-            made += peers(folder, padded, len(pairs), device, check, compiles=shape == "MiniLM-L6")
+            made += peers(folder, padded, len(pairs), device, check, compiles=large and shape == "MiniLM-L6")
         title = f"forward, {shape}, {len(pairs)} pairs of {source}, {lengths.mean():.0f} tokens each"
         comparison = Comparison(title, "pairs", made, [], device)
         comparison.measure(3 if dry_run else 5, shortest_round=0 if dry_run else 0.05)
