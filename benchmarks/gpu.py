@@ -66,15 +66,17 @@ def main() -> int:
     for folder in (ROOT, ROOT / "tests", ROOT / "benchmarks"):
         sys.path.insert(0, str(folder))
     import torch
-    from report import machine, markdown, record
+    from report import machine, markdown, record, set_commit
     from timing import COMPARISONS
 
     device = "cpu" if options.dry_run else "cuda"
     if device == "cuda" and not torch.cuda.is_available():
         parser.error("torch finds no GPU here; --dry_run runs on the CPU")
+    if options.commit:
+        set_commit(options.commit)
     facts = machine()
     gpu = re.sub(r"[^A-Za-z0-9]+", "-", facts["gpu"] or "cpu").strip("-")
-    path = options.output / f"{gpu}-{options.commit or facts['commit'] or 'unknown'}.json"
+    path = options.output / f"{gpu}-{facts['commit'] or 'unknown'}.json"
     if device == "cuda" and not options.skip_compile:
         from gpu_compile import all_jobs, compile_all
 

@@ -13,6 +13,11 @@ from timing import Comparison
 import fastrank
 
 
+def set_commit(name: str) -> None:
+    """Of the code, where git does not tell it."""
+    machine()["commit"] = name
+
+
 @functools.cache
 def machine() -> dict:
     from fastrank import _cpu
