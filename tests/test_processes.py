@@ -88,6 +88,14 @@ def test_processes_that_differ(tmp_path):
     assert done.stdout.count("The processes differ in their data (0, 1): give all of them the same files") == 2
 
 
+def test_torchrun_ends_with_the_users_error(tmp_path):
+    command = "-m", "fastrank.train", "--model", str(tmp_path / "none"), "--train_data", str(tmp_path / "none.jsonl")
+    done = _launch(*command, "--output_dir", str(tmp_path / "out"))
+    assert done.returncode != 0
+    last = "\n".join(done.stderr.splitlines()[-12:])
+    assert "none.jsonl" in last and "Error" in last, done.stderr
+
+
 @pytest.mark.parametrize(
     ("variables", "sentence"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import yaml
@@ -27,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
         train_stages(configs)
     except (ValueError, OSError, ImportError) as error:
         print(f"fastrank.train: {error}", file=sys.stderr)
+        _tell_torchrun(error)
         return 2
     except KeyboardInterrupt:
         print(
@@ -35,6 +37,14 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 130
     return 0
+
+
+def _tell_torchrun(error: Exception) -> None:
+    """torchrun ends with a page of its own; this has it end with the error."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
 
 
 def _parse(argv: list[str]) -> list[TrainConfig]:
