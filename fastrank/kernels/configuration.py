@@ -106,6 +106,11 @@ class Configuration:
         return {name.removesuffix("_ptr"): place for place, name in enumerate(self.types)}
 
     @functools.cached_property
+    def aligned_names(self) -> frozenset[str]:
+        """`aligned` without _ptr."""
+        return frozenset(name.removesuffix("_ptr") for name in self.aligned)
+
+    @functools.cached_property
     def last_arguments(self) -> tuple[object, ...]:
         """The compile-time values, which stand behind the run-time arguments."""
         return tuple(self.constants[name] for name in self.kernel.arg_names[len(self.types) :])
@@ -162,7 +167,7 @@ class Launch:
         self,
         configuration: Configuration,
         num_programs: int,
-        arguments: Sequence[Tensor | int | float],
+        arguments: Sequence[Tensor | int | float | None],
         values: list[int | float],
         device: int,
     ) -> None:
@@ -175,10 +180,19 @@ class Launch:
         """Where each argument stands, by name."""
         return self.configuration.places
 
+    def forget(self, names: Collection[str]) -> None:
+        """Lets go of these tensors: every call will be given others."""
+        self.arguments = [
+            None if name in names else argument for name, argument in zip(self.places, self.arguments, strict=True)
+        ]
+
     def __call__(self, **tensors: Tensor) -> None:
         if not self.num_programs:
             return
         configuration, device = self.configuration, self.device
+        for name, tensor in tensors.items():
+            if name in configuration.aligned_names and tensor.data_ptr() % ALIGNMENT:
+                raise ValueError(f"{name} must begin at a multiple of {ALIGNMENT} bytes.")
         if device < 0:
             configuration.run(self.num_programs, self._arguments(tensors))
         elif device == torch.cuda.current_device():
@@ -186,9 +200,7 @@ class Launch:
             if tensors:
                 values = values.copy()
                 for name, tensor in tensors.items():
-                    values[configuration.places[name]] = address = tensor.data_ptr()
-                    if address % ALIGNMENT:
-                        raise ValueError(f"{name} must begin at a multiple of {ALIGNMENT} bytes.")
+                    values[configuration.places[name]] = tensor.data_ptr()
             if not configuration.run_compiled(self.num_programs, device, values):
                 configuration.compiled[device] = configuration.run(self.num_programs, self._arguments(tensors))
         else:  # triton launches on the current device, which need not be the tensors'

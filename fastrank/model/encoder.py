@@ -146,6 +146,9 @@ class Encoder(nn.Module):
         count = settings.num_layers
         self.layers = nn.ModuleList(Layer(settings, is_last=i == count - 1) for i in range(count))
 
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "_halves"}  # made again where needed
+
     def forward(self, batch: "PackedBatch", positions: Tensor) -> Tensor:
         """positions: (tokens,) int64, rows of the position table. Returns the first token's vector, (pairs, hidden)."""
         dtype = self.hidden_dtype
@@ -157,7 +160,8 @@ class Encoder(nn.Module):
             offsets = batch.pair_offsets.clone() if batch.pair_offsets.is_cuda else batch.pair_offsets
         learns = torch.is_grad_enabled() and (x.requires_grad or any(one.requires_grad for one in self.parameters()))
         if gpu_layers.suits(self.layers, x) and not (learns and self.recomputes):
-            if learns:
+            # Without a gradient, too, training mode drops hidden states.
+            if learns or (self.training and self.layers[0].dropout > 0):
                 return gpu_layers.train(self.layers, x, offsets, batch.span)
             if self._halves is None or self._halves.dtype != x.dtype:
                 self._halves = gpu_layers.Halves(self.layers, x.dtype)

@@ -3,14 +3,16 @@ Python needs longer to start a small model's kernels than the GPU to run them.
 
 encoder.Layer defines what is computed, and the kernels are the same. Here a layer is one node of the autograd graph,
 its backward written out; products are torch's, on half-precision copies of the weights, which a pass makes all at once;
-biases are summed where their gradients pass by; and a batch's launches are checked for the first layer only.
+biases are summed where their gradients pass by; and a batch's launches are checked for the first layer only. The layers
+are not called as modules: hooks on them or on what is in them do not run, and autocast is not looked at.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,12 +31,18 @@ HALF = (torch.bfloat16, torch.float16)
 
 def suits(layers: Sequence[Layer], x: Tensor) -> bool:
     """Whether the layers can go this way: half precision throughout, and each of their operations by Triton here."""
+    return len(x) > 0 and x.dtype == layers[0].attention_output.precision and can_run(layers, x.device.type, x.dtype)
+
+
+def can_run(layers: Sequence[Layer], device_type: str, dtype: torch.dtype) -> bool:
+    """Whether layers of this precision can go this way on such a device."""
     layer = layers[0]
-    is_half = x.dtype in HALF and x.dtype == layer.attention_output.precision
-    if not is_half or len(layers) < 2 or layer.activation == "relu" or layer.norm.weight.dtype != torch.float32:
+    if dtype not in HALF or layer.activation == "relu" or layer.norm.weight.dtype != torch.float32:
         return False
-    sizes = layer.heads[1], x.shape[1], layer.up.out_features
-    return len(x) > 0 and _has_kernels(x.device.type, x.dtype, *sizes, os.environ.get("FASTRANK_BACKEND"))
+    if not all("weight" in one._parameters for layer in layers for one in _products(layer)):  # pruned, for instance
+        return False
+    sizes = layer.heads[1], layer.norm.weight.shape[0], layer.up.out_features
+    return _has_kernels(device_type, dtype, *sizes, os.environ.get("FASTRANK_BACKEND"))
 
 
 @functools.cache
@@ -61,7 +69,7 @@ class Pass:
         self.tanh_form = layer.activation == "gelu_tanh"
         self.first_rows = offsets[:-1]
         self.cuts = attention.find_cuts(offsets, None, num_tokens, num_tokens, span)
-        self._launches: dict[tuple[str, int], list[Launch]] = {}
+        self._launches: dict[tuple, list[tuple[Launch, tuple[str, ...]]]] = {}
 
     @functools.cached_property
     def first_cuts(self) -> object:
@@ -72,52 +80,55 @@ class Pass:
         """given: what products made of the tokens, (tokens, 3 * hidden) for q, k and v, or (pairs, hidden) for q and
         (tokens, 2 * hidden) for k and v. Writes out (queries, hidden) and statistics."""
         q, k, v = self._parts(given)
-        launches = self._launches.get(("attend", len(given)))
-        if launches is None:
+
+        def make() -> Iterable[Launch]:
             cuts = self.cuts if len(given) == 1 else self.first_cuts
-            launches = list(
-                self.attention.forward_launches(q, k, v, self._heads(out), statistics, cuts, self.head_dim**-0.5)
-            )
-            self._launches["attend", len(given)] = launches
+            return self.attention.forward_launches(q, k, v, self._heads(out), statistics, cuts, self.head_dim**-0.5)
+
         highest, log_totals = statistics
-        for launch in launches:
-            launch(q=q, k=k, v=v, out=out, highest=highest, log_totals=log_totals)
+        tensors = {"q": q, "k": k, "v": v, "out": out, "highest": highest, "log_totals": log_totals}
+        self._repeat(("attend", len(given)), make, tensors)
 
     def attend_backward(
         self, given: Sequence[Tensor], out: Tensor, statistics: Tensor, dout: Tensor, gradients: Sequence[Tensor]
     ) -> None:
         """Writes the gradients of what was given."""
         parts, made = self._parts(given), self._parts(gradients)
-        launches = self._launches.get(("attend backward", len(given)))
-        if launches is None:
+
+        def make() -> Iterable[Launch]:
             cuts = self.cuts if len(given) == 1 else self.first_cuts
             more = self._heads(out), self._heads(dout), statistics, made, cuts, self.head_dim**-0.5
-            launches = list(self.attention.backward_launches(*parts, *more))
-            self._launches["attend backward", len(given)] = launches
+            return self.attention.backward_launches(*parts, *more)
+
         names = "q", "k", "v", "out", "dout", "highest", "log_totals", "dq", "dk", "dv"
         tensors = dict(zip(names, (*parts, out, dout, *statistics, *made), strict=True))
-        for launch in launches:
-            launch(**{name: tensor for name, tensor in tensors.items() if name in launch.places})
+        self._repeat(("attend backward", len(given)), make, tensors)
 
     def normalise(
         self, x: Tensor, residual: Tensor, norm: torch.nn.Module, out: Tensor, statistics: Sequence[Tensor]
     ) -> None:
         """Writes out and statistics."""
-        given = x, residual, norm.weight, norm.bias
-        launches = self._launches.get(("normalise", len(x)))
-        if launches is None:
-            launches = [self.norms.forward_launch(*given, norm.eps, out, statistics)]
-            self._launches["normalise", len(x)] = launches
+        given, eps = (x, residual, norm.weight, norm.bias), float(norm.eps)
         names = "x", "residual", "weight", "bias", "out", "means", "inverses"
-        launches[0](**dict(zip(names, (*given, out, *statistics), strict=True)))
+        tensors = dict(zip(names, (*given, out, *statistics), strict=True))
+        key = "normalise", len(x), eps
+        self._repeat(key, lambda: [self.norms.forward_launch(*given, eps, out, statistics)], tensors)
 
     def activate(self, x: Tensor, bias: Tensor, out: Tensor) -> None:
         """Writes out, which may be x."""
-        launches = self._launches.get(("activate", len(x)))
+        tensors = {"x": x, "bias": bias, "out": out}
+        self._repeat(("activate", len(x)), lambda: [self.gelu.forward_launch(x, bias, self.tanh_form, out)], tensors)
+
+    def _repeat(self, key: tuple, make: Callable[[], Iterable[Launch]], tensors: Mapping[str, Tensor]) -> None:
+        """Runs launches with these tensors; makes them the first time, and keeps nothing of these tensors alive."""
+        launches = self._launches.get(key)
         if launches is None:
-            launches = [self.gelu.forward_launch(x, bias, self.tanh_form, out)]
-            self._launches["activate", len(x)] = launches
-        launches[0](x=x, bias=bias, out=out)
+            launches = [(one, tuple(name for name in tensors if name in one.places)) for one in make()]
+            for launch, names in launches:
+                launch.forget(names)
+            self._launches[key] = launches
+        for launch, names in launches:
+            launch(**{name: tensors[name] for name in names})
 
     def _heads(self, rows: Tensor) -> Tensor:
         return rows.view(len(rows), self.heads, self.head_dim)
@@ -133,33 +144,42 @@ def _products(layer: Layer) -> list[torch.nn.Module]:
     return [*first, layer.attention_output, layer.up, layer.down]
 
 
+def state_of(parameters: Sequence[Tensor]) -> list[tuple]:
+    """Differs once one of them lies elsewhere or has been edited in place. An edit through .data is not seen, nor one
+    of a tensor that was made in inference mode."""
+    return [(None if one.is_inference() else one._version, one.data_ptr()) for one in parameters]
+
+
 class Halves:
-    """Weights and biases of layers in half precision, for inference: cast once, until one changes or may change."""
+    """Weights and biases of layers in half precision, for inference: cast once, until one of them changes as far as
+    state_of() sees; anew each time where they learn, since a fused optimizer counts no versions up."""
 
     def __init__(self, layers: Sequence[Layer], dtype: torch.dtype) -> None:
         self.dtype = dtype
         self._linears = [_products(layer) for layer in layers]
         # Looking a parameter up in its module takes longer than everything else here.
         self._slots = [
-            (linear._parameters, name) for four in self._linears for linear in four for name in ("weight", "bias")
+            (linear._parameters, name) for some in self._linears for linear in some for name in ("weight", "bias")
         ]
         self._state: list[tuple] = []
-        self._originals: list[Tensor] = []  # kept alive, so that their addresses stay theirs
+        self._originals: list[Tensor] = []  # their memory stays theirs, so that an address tells who lies there
         self._layers: list[list[tuple[Tensor, Tensor]]] = []
 
     def get(self) -> list[list[tuple[Tensor, Tensor]]]:
         """Of each layer, in the order of _products(): the weight, transposed, and the bias."""
         originals = [parameters[name] for parameters, name in self._slots]
-        # An optimizer may change what learns, and a fused one counts no versions up; nor do tensors of inference mode.
-        learns = any(one.requires_grad for one in originals)
-        state = [(None if one.is_inference() else one._version, one.data_ptr()) for one in originals]
-        if learns or state != self._state:
-            casts = iter(_cast([linear for four in self._linears for linear in four], self.dtype))
-            self._layers = [
-                [(weight.t(), bias) for weight, bias in (next(casts) for _ in four)] for four in self._linears
-            ]
-            self._state, self._originals = state, originals
+        if any(one.requires_grad for one in originals):
+            self._state, self._originals, self._layers = [], [], []
+            return self._cast()
+        state = state_of(originals)
+        if state != self._state:
+            self._layers = self._cast()
+            self._state, self._originals = state, [one.detach() for one in originals]
         return self._layers
+
+    def _cast(self) -> list[list[tuple[Tensor, Tensor]]]:
+        casts = iter(_cast([linear for some in self._linears for linear in some], self.dtype))
+        return [[(weight.t(), bias) for weight, bias in itertools.islice(casts, len(some))] for some in self._linears]
 
 
 @torch.no_grad()

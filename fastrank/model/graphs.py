@@ -15,11 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastrank.model.gpu_layers import state_of
 from fastrank.packing import PackedBatch, plan_batches
 
 MOST_TOKENS = 16384  # of a bucket: larger batches keep a GPU busy without a graph
 TOKEN_STEP, PAIR_STEP = 1024, 32
 ONE_SHAPE = 8192, 512  # tokens and pairs of a batch where all have one shape, at least
+MOST_GRAPHS = 64
 LONGEST = (32, 64, 128, 256, 512)  # where attention changes its kernels
 
 
@@ -88,8 +90,10 @@ class Graphs:
     """Scores of batches, each by the graph of its bucket, which is recorded when the bucket has been met often enough.
 
     score: PackedBatch on the device -> scores (pairs,), which must not wait for the device. longest: tokens that a pair
-    may have there. filler: as in fill(). unrecorded: how often a bucket goes without a graph at first. One batch at a
-    time: graphs share memory, and each has one place for inputs.
+    may have there. filler: as in fill(). parameters: what score() reads beside the batch; graphs are forgotten when one
+    changes, as far as gpu_layers.state_of() sees. unrecorded: how often a bucket goes without a graph at first; it is
+    filled up all the same, so that its scores stay the same bits. One batch at a time: graphs share memory, and each
+    has one place for inputs.
     """
 
     def __init__(
@@ -99,40 +103,59 @@ class Graphs:
         *,
         longest: int,
         filler: tuple[int, int],
+        parameters: Sequence[Tensor],
         unrecorded: int = 0,
     ) -> None:
         self._score, self._device, self._longest, self._filler = score, device, longest, filler
-        self._unrecorded = unrecorded
+        self._parameters, self._unrecorded = parameters, unrecorded
         self._met: Counter[Bucket] = Counter()
         self._graphs: dict[Bucket, tuple[torch.cuda.CUDAGraph, PackedBatch, Tensor]] = {}
         self._pool = None
+        self._state: list[tuple] = []
         self._lock = threading.Lock()
+        self._done: torch.cuda.Event | None = None  # with the inputs of the last replay
 
     def score(self, batch: PackedBatch) -> Tensor | None:
-        """Scores of a batch that lies on the CPU, (pairs,) on the device; None where there is no graph for it."""
+        """Scores of a batch that lies on the CPU, (pairs,) on the device; None where it fits no bucket."""
         bucket = find_bucket(batch.num_tokens, batch.num_pairs, batch.max_pair_tokens)
         if bucket is None or bucket.longest > self._longest:
             return None
-        with self._lock:
+        filled = fill(batch, bucket, self._filler)
+        with self._lock, torch.cuda.device(self._device):
+            self._forget_if_changed()
             self._met[bucket] += 1
-            if self._met[bucket] <= self._unrecorded:
-                return None
-            filled = fill(batch, bucket, self._filler)
-            with torch.cuda.device(self._device):
-                if bucket not in self._graphs:
-                    self._graphs[bucket] = self._record(filled)
-                graph, inputs, scores = self._graphs[bucket]
-                filled.copy_to(inputs)
-                graph.replay()
-                return scores[: batch.num_pairs].clone()
+            if bucket not in self._graphs and self._unrecorded < self._met[bucket] and len(self._graphs) < MOST_GRAPHS:
+                self._graphs[bucket] = self._record(filled)
+            if bucket in self._graphs:
+                return self._replay(bucket, filled)[: batch.num_pairs]
+        return self._score(filled.to(self._device))[: batch.num_pairs]
+
+    def _replay(self, bucket: Bucket, filled: PackedBatch) -> Tensor:
+        graph, inputs, scores = self._graphs[bucket]
+        stream = torch.cuda.current_stream()
+        if self._done is not None:  # another thread's stream may still be at it
+            stream.wait_event(self._done)
+        filled.copy_to(inputs)
+        graph.replay()
+        copy = scores.clone()
+        self._done = stream.record_event()
+        return copy
+
+    def _forget_if_changed(self) -> None:
+        state = state_of(self._parameters)
+        if state != self._state:
+            if self._graphs:
+                torch.cuda.synchronize()
+            self._graphs, self._pool, self._state = {}, None, state
+            self._met.clear()
 
     def _record(self, filled: PackedBatch) -> tuple[torch.cuda.CUDAGraph, PackedBatch, Tensor]:
         inputs = filled.to(self._device)
+        self._score(inputs)  # what is made once must not be made while it is recorded, nor on a stream of its own
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(2):  # what is made once, kernels above all, must not be made while it is recorded
-                self._score(inputs)
+            self._score(inputs)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # Other threads may go on allocating meanwhile.

@@ -71,7 +71,9 @@ class Linear(nn.Linear):
             raise ValueError("The model was frozen and has given its float32 weights back: load it again.")
 
     def _cast_weights(self) -> tuple[Tensor, Tensor]:
-        if self.weight.requires_grad:  # an optimizer may change it, and a fused one does not count versions up
+        if (
+            self.weight.requires_grad or self.bias.requires_grad
+        ):  # an optimizer may change it, and a fused one does not count versions up
             return self.weight.to(self.precision), self.bias.to(self.precision)
         # Frozen weights are cast once, until a move or an edit in place changes them. Those that were made in
         # inference mode count no versions.

@@ -21,6 +21,7 @@ from torch import Tensor
 from fastrank.data import RankingList
 from fastrank.losses import Loss, WeightedSum, count_terms, resolve_loss
 from fastrank.model import CrossEncoder
+from fastrank.model.settings import Settings
 from fastrank.packing import Pair, pack_lists, plan_chunks, send_together
 from fastrank.reranker import Reranker, default_dtype, find_device, load_parts
 
@@ -31,6 +32,17 @@ __all__ = ["Trainer"]
 
 DEFAULT_MAX_BATCH_TOKENS = 8192  # on a CPU
 MOST_BATCH_TOKENS = 131072  # on a GPU, which more do not make faster
+
+
+def fitting_tokens(memory: int, settings: Settings, size: int, *, recomputes: bool) -> int:
+    """Tokens of a pass that takes so many bytes, for hidden numbers of `size` bytes; at most MOST_BATCH_TOKENS.
+
+    Of each token a layer keeps about 18 numbers a hidden unit, or only what goes into it where it recomputes; the one
+    that the backward pass is in has 12 more, or all 30 of them.
+    """
+    numbers = settings.num_layers + 30 if recomputes else 18 * settings.num_layers + 12
+    tokens = memory // (numbers * settings.hidden_size * size)
+    return max(1024, min(MOST_BATCH_TOKENS, tokens // 1024 * 1024))
 
 
 class Trainer:
@@ -75,14 +87,13 @@ class Trainer:
         self._reranker = Reranker.from_parts(self.model, self.tokenizer, max_batch_tokens=self.max_batch_tokens)
 
     def _default_max_batch_tokens(self) -> int:
-        """On a GPU as many as half of its memory takes: a layer keeps about 18 numbers a hidden unit of each token."""
+        """On a GPU as many as half of its memory takes beside weights, gradients and moments."""
         if self.device.type != "cuda":
             return DEFAULT_MAX_BATCH_TOKENS
-        settings = self.model.settings
+        learned = 16 * sum(one.numel() for one in self.model.parameters())
+        memory = torch.cuda.get_device_properties(self.device).total_memory - learned
         size = 4 if self.precision == "float32" else 2
-        kept = settings.hidden_size * (18 if not self.config.gradient_checkpointing else 1)
-        memory = torch.cuda.get_device_properties(self.device).total_memory
-        return max(1024, min(MOST_BATCH_TOKENS, memory // 2 // (kept * size * settings.num_layers) // 1024 * 1024))
+        return fitting_tokens(memory // 2, self.model.settings, size, recomputes=self.config.gradient_checkpointing)
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         config = self.config

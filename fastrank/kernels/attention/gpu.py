@@ -1,8 +1,8 @@
 """Packed attention in Triton (gpu_kernels.py), forward and backward, q, k and v read in place from strided views.
 
 Which kernel takes a pair depends on the pair's own length alone, and there are no atomics: its result is the same bit
-for bit in any batch. Pairs of up to 128 tokens have all their keys in one tile; for longer ones a list of tiles is made
-on the device, once a batch, so that nothing is read back to the host.
+for bit in any batch. Short pairs, up to 64 or 128 tokens, have kernels by their length, which hold a whole head of one
+on the chip; for longer ones a list of tiles is made on the device, once a batch: nothing is read back to the host.
 """
 
 import functools
@@ -246,7 +246,7 @@ def first_token_cuts(cuts: Cuts) -> Cuts:
     return first
 
 
-@functools.lru_cache(16)
+@functools.cache  # for ever, since CUDA graphs may hold their addresses
 def _count(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """0, 1, 2, ... (size + 1,), and each beside a 0, (size + 1, 2)."""
     with torch.inference_mode(False):
