@@ -159,15 +159,16 @@ class Encoder(nn.Module):
             # A tensor of this forward alone: what a GPU's attention derives from it serves all layers, and no longer.
             offsets = batch.pair_offsets.clone() if batch.pair_offsets.is_cuda else batch.pair_offsets
         learns = torch.is_grad_enabled() and (x.requires_grad or any(one.requires_grad for one in self.parameters()))
-        if gpu_layers.suits(self.layers, x) and not (learns and self.recomputes):
+        recomputes = learns and self.recomputes
+        if gpu_layers.suits(self.layers, x):
             # Without a gradient, too, training mode drops hidden states.
             if learns or (self.training and self.layers[0].dropout > 0):
-                return gpu_layers.train(self.layers, x, offsets, batch.span)
+                return gpu_layers.train(self.layers, x, offsets, batch.span, recomputes=recomputes)
             if self._halves is None or self._halves.dtype != x.dtype:
                 self._halves = gpu_layers.Halves(self.layers, x.dtype)
             return gpu_layers.infer(self.layers, x, offsets, batch.span, self._halves)
         for layer in self.layers:
-            if self.recomputes and torch.is_grad_enabled():
+            if recomputes:
                 x = checkpoint(layer, x, offsets, batch.span, use_reentrant=False)
             else:
                 x = layer(x, offsets, batch.span)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from fastrank.backend import choose
 
@@ -214,14 +215,18 @@ def infer(layers: Sequence[Layer], x: Tensor, offsets: Tensor, span: tuple[int, 
     return x
 
 
-def train(layers: Sequence[Layer], x: Tensor, offsets: Tensor, span: tuple[int, int]) -> Tensor:
-    """All layers, differentiable once: x (tokens, hidden) -> the first tokens' vectors, (pairs, hidden)."""
+def train(
+    layers: Sequence[Layer], x: Tensor, offsets: Tensor, span: tuple[int, int], *, recomputes: bool = False
+) -> Tensor:
+    """All layers, differentiable once: x (tokens, hidden) -> the first tokens' vectors, (pairs, hidden). recomputes: as
+    Encoder says."""
     one_pass = Pass(layers[0], offsets, span, len(x))
     casts = iter(_cast([linear for layer in layers for linear in _products(layer)], x.dtype))
     for layer in layers:
         linears, norms = _products(layer), (layer.attention_norm, layer.norm)
         learned = [parameter for one in (*linears, *norms) for parameter in (one.weight, one.bias)]
-        x = _Layer.apply(x, one_pass, layer, [next(casts) for _ in linears], *learned)
+        given = one_pass, layer, [next(casts) for _ in linears], *learned
+        x = checkpoint(_Layer.apply, x, *given, use_reentrant=False) if recomputes else _Layer.apply(x, *given)
     return x
 
 

@@ -187,19 +187,21 @@ def test_a_whole_model(dtype, activation):
         assert (actual[name] - truth).norm() <= allowed, name
 
 
-@pytest.mark.parametrize("frozen_layers", [0, 1])
-def test_layers_in_few_steps_train_as_modules_do(frozen_layers, monkeypatch):
+@pytest.mark.parametrize(("frozen_layers", "recomputes"), [(0, True), (1, False)])
+def test_layers_in_few_steps_train_as_modules_do(frozen_layers, recomputes, monkeypatch):
     """gpu_layers beside encoder.Layer on the same kernels, with dropout: the same masks, the same gradients but for
     rounding, none for what does not learn."""
     model = make_model(layers=3, dropout=0.3).train().to_precision("fp16", hidden_states="fp16")
     for module in (model.encoder.embeddings, *model.encoder.layers[:frozen_layers]) if frozen_layers else ():
         module.requires_grad_(False)
+    model.encoder.recomputes = recomputes
     batch = make_batch((5, 40), (70, 1, 33))
     monkeypatch.setenv("FASTRANK_BACKEND", "gpu")
     used = []
     for name in ("train", "infer"):
         function = getattr(gpu_layers, name)
-        monkeypatch.setattr(gpu_layers, name, lambda *given, f=function, n=name: used.append(n) or f(*given))
+        counted = lambda *given, f=function, n=name, **more: used.append(n) or f(*given, **more)  # noqa: E731
+        monkeypatch.setattr(gpu_layers, name, counted)
 
     def run() -> dict[str, torch.Tensor]:
         torch.manual_seed(0)
