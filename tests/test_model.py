@@ -6,6 +6,7 @@ import json
 import threading
 from importlib.resources import files
 
+import numpy as np
 import pytest
 import torch
 from hub_models import CLASSES, make_checkpoint, padded_logits, random_pairs
@@ -158,6 +159,13 @@ def test_too_long_pair(tmp_path, kind):
     assert model.max_pair_tokens == 512
     with pytest.raises(ValueError, match=r"513 tokens, but the model has positions for 512: truncate"):
         model(pack_pairs(random_pairs(theirs, [4, 513])))
+
+
+def test_a_pair_without_tokens(tmp_path, kind):
+    theirs = make_checkpoint(tmp_path, kind)
+    model, empty = load_model(tmp_path), (np.zeros(0, int), np.zeros(0, int))
+    with pytest.raises(ValueError, match="A pair has no tokens"):
+        model(pack_pairs([*random_pairs(theirs, [4]), empty]))
 
 
 def test_dropout(tmp_path, kind):

@@ -99,7 +99,7 @@ class CrossEncoder(nn.Module):
         return all(module.frozen is not None for _, module in linears(self.encoder))
 
     def forward(self, batch: "PackedBatch") -> Tensor:
-        """Logits of each pair, (pairs, num_labels) float32; raises ValueError if a pair is too long."""
+        """Logits of each pair, (pairs, num_labels) float32; raises ValueError if a pair is too long or has no token."""
         if (self.training or torch.is_grad_enabled()) and self.is_frozen:
             if self.training:
                 raise ValueError("A frozen model is for inference: call eval(), or to_precision() to train it.")
@@ -110,6 +110,8 @@ class CrossEncoder(nn.Module):
                 f"A pair has {batch.max_pair_tokens} tokens, but the model has positions for {self.max_pair_tokens}: "
                 "truncate when tokenizing (max_length)."
             )
+        if batch.num_pairs and not batch.min_pair_tokens:
+            raise ValueError("A pair has no tokens, but its first one is what is scored.")
         positions = batch.positions
         if self.family.positions_after_padding is not None:
             padding_idx = self.settings.pad_token_id
