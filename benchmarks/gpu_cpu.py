@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -50,6 +51,9 @@ def compare(shape: str, data: Path | None, dry_run: bool) -> Iterator[str]:
         made.append(Contender(name, run, num_pairs, ours=True, check=checked(dtype, exact, notes, name)))
     for dtype in ("float32", "int8"):
         name = f"ONNX Runtime {dtype}"
+        if importlib.util.find_spec("onnxruntime") is None:
+            made.append(Contender(name, lambda: None, num_pairs, failure="onnxruntime is not installed"))
+            continue
         engine = OnnxRuntime(folder, dtype, MAX_LENGTH)
         size = best_batch_size(engine, lists)
         run = functools.partial(engine.scores, lists, size)
