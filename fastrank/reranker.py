@@ -36,9 +36,8 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "cross-encoder/ms-marco-MiniLM-L6-v2"
 DEFAULT_MAX_BATCH_TOKENS = 2048  # on a CPU
-HIDDEN_NUMBERS = (
-    2**26
-)  # of a batch on a GPU: small models need more tokens to keep it busy while Python launches kernels
+# Of a batch on a GPU: small models need more tokens to keep it busy while Python launches kernels.
+HIDDEN_NUMBERS = 2**26
 PART_PAIRS = 8192  # that a GPU is given at once: enough for several batches of one length each
 DTYPES = {
     "float32": "float32",
@@ -140,7 +139,8 @@ class Reranker:
         )
         encoder = loaded.encoder
         # Other kernels than ours may read something back, which cannot be recorded.
-        if cuda_graphs or (cuda_graphs is None and can_run(encoder.layers, place.type, encoder.precision)):
+        by_itself = place.type == "cuda" and can_run(encoder.layers, place.type, encoder.precision)
+        if by_itself if cuda_graphs is None else cuda_graphs:
             self._graphs = Graphs(
                 loaded.score,
                 place,
