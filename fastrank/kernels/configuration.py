@@ -144,7 +144,6 @@ def configure(
     constants: Mapping[str, object],
     num_warps: int = 4,
     num_stages: int = 1,
-    max_registers: int | None = None,
 ) -> Configuration:
     """The configuration of a kernel whose arguments have these types, by name without _ptr; numbers that have none are
     i32. KeyError for a pointer that has none."""
@@ -153,7 +152,7 @@ def configure(
         if name not in constants:
             what = name.removesuffix("_ptr")
             known[name] = types[what] if what in types or what != name else "i32"
-    return Configuration(kernel, known, constants, num_warps, num_stages, max_registers)
+    return Configuration(kernel, known, constants, num_warps, num_stages)
 
 
 class Launch:

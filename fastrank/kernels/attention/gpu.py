@@ -7,7 +7,7 @@ on the chip; for longer ones a list of tiles is made on the device, once a batch
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -68,11 +68,7 @@ ENDS = ("begins", "ends")
 
 
 def _configure(
-    kernel: Callable,
-    dtype: torch.dtype,
-    num_warps: int,
-    num_stages: int = 1,
-    **constants: object,
+    kernel: Callable, dtype: torch.dtype, num_warps: int, num_stages: int = 1, **constants: object
 ) -> Configuration:
     types = dict.fromkeys(("q", "k", "v", "out", "dout", "dq", "dk", "dv"), POINTERS[dtype]) | {"scale": "fp32"}
     types |= dict.fromkeys(("highest", "log_totals", "delta"), "*fp32")
@@ -321,12 +317,8 @@ def _prepare(name: str, like: Tensor, num_programs: int, *arguments: Tensor | in
     return CONFIGURATIONS.prepare(_full_name(name, like.dtype, like.shape[2]), num_programs, *arguments)
 
 
-def _constants(name: str, like: Tensor) -> Mapping[str, object]:
-    return CONFIGURATIONS[_full_name(name, like.dtype, like.shape[2])].constants
-
-
 def _tile(name: str, like: Tensor) -> tuple[int, int]:
-    constants = _constants(name, like)
+    constants = CONFIGURATIONS[_full_name(name, like.dtype, like.shape[2])].constants
     return constants["BLOCK_QUERIES"], constants["BLOCK_KEYS"]
 
 
