@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from fastrank.command_line import OneSentenceParser, with_underscores
-from fastrank.data import DataSource, LoadedData, RankingList, load_data
+from fastrank.data import DataSource, LoadedData, LoadReport, RankingList, load_data
+from fastrank.data.permutations import POLICIES
 from fastrank.data.rows import SHAPES, WRITERS, read_rows, write_rows
 from fastrank.data.sources import TARGETS
 
 _ONLY_WITH_RUN = {name: f"--{name}" for name in ("queries", "documents", "qrels", "depth", "targets")}
-_ONLY_WITH_INPUT = {"shape": "--from", "permutations": "--permutations"}
+_ONLY_WITH_INPUT = {"shape": "--from", "permutations": "--permutations", "permutation_policy": "--permutation_policy"}
 
 
 def convert_command(argv: Sequence[str]) -> int:
@@ -21,9 +23,10 @@ def convert_command(argv: Sequence[str]) -> int:
         description="Rewrites ranking lists: rows with texts (--input), or a TREC run with its queries and documents.",
     )
     flag = parser.add_argument
-    flag("--input", help="JSON lines or array, .tsv, .parquet; - reads stdin")
+    flag("--input", help="JSON lines or array, .tsv, .parquet, hub:owner/name; - reads stdin")
     flag("--from", dest="shape", choices=tuple(SHAPES), help="shape of the rows; default: told by their keys")
-    flag("--permutations", help="for rankgpt: a JSON array of answers")
+    flag("--permutations", help="for rankgpt: a JSON array of answers; for other rows: rank_llm's history")
+    flag("--permutation_policy", choices=POLICIES, help="for answers that are not well formed; default: repair")
     flag("--run", help="TREC run; with --queries, --documents and perhaps --qrels")
     flag("--queries")
     flag("--documents")
@@ -47,30 +50,30 @@ def convert_command(argv: Sequence[str]) -> int:
     try:
         if options.run:
             loaded = _read_run(options)
-            lists, said = loaded.candidates, str(loaded.report)
+            lists, report = loaded.candidates, loaded.report
         else:
-            lists, said = read_rows(options.input, options.shape, permutations=options.permutations), ""
-        count = _Count(lists)
-        write_rows(options.output, count, options.to)
+            report = LoadReport()
+            lists = _read_input(options, report)
+        write_rows(options.output, lists, options.to)
     except (ValueError, OSError) as error:
         print(f"fastrank convert: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    print(f"{options.output}: {said or f'{count.lists:,} lists with {count.documents:,} documents'}", file=sys.stderr)
+    print(f"{options.output}: {report}", file=sys.stderr)
     return 0
 
 
-class _Count:
-    """Passes lists on and counts them."""
-
-    def __init__(self, lists):
-        self._source = lists
-        self.lists = self.documents = 0
-
-    def __iter__(self) -> Iterator[RankingList]:
-        for ranking in self._source:
-            self.lists += 1
-            self.documents += len(ranking)
-            yield ranking
+def _read_input(options, report: LoadReport) -> Iterator[RankingList]:
+    policy, answers = options.permutation_policy or "repair", Counter()
+    for ranking in read_rows(
+        options.input, options.shape, permutations=options.permutations, policy=policy, counts=answers
+    ):
+        if policy == "drop" and not ranking.documents:
+            report.left_out["lists without documents"] += 1
+            continue
+        report.num_lists += 1
+        report.num_documents += len(ranking)
+        yield ranking
+    report.notes.update({f"answers {status}": count for status, count in answers.items()})
 
 
 def _read_run(options) -> LoadedData:

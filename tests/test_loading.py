@@ -145,8 +145,15 @@ def test_answers_of_an_llm(tmp_path):
         "drop": [(2, 1, 3)],
         "tier": [(2, 1, 3), (0, 3, 0), (0, 0, 0)],
     }
+    report = load_data(source, seed=0).report
+    assert report.notes["answers ok"] == report.notes["answers missing_documents"] == 1
+    assert str(load_data(source, seed=0).report).endswith("1 answers missing_documents, 1 answers wrong_format")
     for wrong, sentence in (
-        ({"lists": "a", "permutation_policy": "drop"}, "needs permutations"),
+        ({"lists": source["lists"], "permutation_policy": "drop"}, "needs permutations"),
+        (
+            {"run": "a", "queries": "b", "documents": "c", "targets": "rank", "permutation_policy": "drop"},
+            "needs lists",
+        ),
         ({"run": "a", "queries": "b", "documents": "c", "targets": "rank", "permutations": "d"}, "go with lists"),
         (source | {"permutation_policy": "tiers"}, "the nearest is 'tier'"),
     ):

@@ -21,8 +21,23 @@ CANDIDATES = [
     {"docid": "y", "score": 9.0, "doc": {"contents": "b"}},
     {"docid": "z", "score": 1.0, "doc": "c"},
 ]
+PROMPT = (
+    "I will provide you with 3 passages, ...\n\n[1] a\n[2] b\n[3] c\nSearch Query: q.\nRank the 3 passages above ..."
+)
+CALL = {"prompt": PROMPT, "response": "[1] > [3] > [2]"}
 # shape, rows, the lists that they are
 EXAMPLES = {
+    "history": (
+        "history",
+        [{"query": {"text": "q", "qid": 7}, "invocations_history": [CALL]}],
+        [RankingList("q", ("a", "b", "c"), (3.0, 1.0, 2.0), "7")],
+    ),
+    "history in rank_llm's results": (
+        "history",
+        [{"query": {"text": "q", "qid": 7}, "candidates": CANDIDATES[::-1], "ranking_exec_summary": [CALL]}],
+        [RankingList("q", ("c", "b", "a"), (2.0, 1.0, 3.0), "7", ("z", "y", "x"))],
+    ),
+    "prompts": ("prompts", [CALL], [RankingList("q", ("a", "b", "c"), (3.0, 1.0, 2.0))]),
     "rank_llm": ("rank_llm", [{"query": {"text": "q", "qid": 7}, "candidates": CANDIDATES}], [NAMED]),
     "rank_llm with a title": (
         "rank_llm",
@@ -246,7 +261,7 @@ def test_permutations_of_rankgpt(tmp_path):
 
 
 WRONG = {
-    "unknown keys": ([{"foo": 1}], r":1: no shape of rows is known with the keys 'foo'; known are rank_llm"),
+    "unknown keys": ([{"foo": 1}], r":1: no shape of rows is known with the keys 'foo'; known are history"),
     "another shape later": (
         [{"query": "q", "docs": ["a"], "labels": [1]}, {"query": "q", "pos": ["a"]}],
         r":2: expected a row with query, docs and labels or scores, found the keys 'query', 'pos'",
@@ -339,7 +354,7 @@ def test_files_that_are_no_rows(tmp_path):
             list(read_rows(tmp_path / "rows.json"))
     with pytest.raises(DataError, match="no such file"):
         list(read_rows(tmp_path / "missing.jsonl"))
-    with pytest.raises(DataError, match="no shape 'csv' of rows; known are rank_llm"):
+    with pytest.raises(DataError, match="no shape 'csv' of rows; known are history"):
         list(read_rows(tmp_path / "rows.json", "csv"))
     with pytest.raises(DataError, match="no shape 'csv' to write; known are lists"):
         write_rows(tmp_path / "x", [], "csv")

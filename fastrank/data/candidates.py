@@ -11,12 +11,14 @@ import math
 import operator
 import os
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from fastrank.data.bm25 import bm25_run
+from fastrank.data.catalogue import is_on_hub
 from fastrank.data.files import DataError, expand_path
 from fastrank.data.formats import ranking_list_from, to_json
 from fastrank.data.ranking_list import RankingList
@@ -26,6 +28,7 @@ from fastrank.data.sources import BM25, DataSource
 from fastrank.data.store import Store, open_store
 
 _BM25_DEPTH = 100
+_ANSWERS = "answers"  # the record behind a file's lists that counts what their answers were; lists have no name
 Count = Callable[[str, int], None]  # what, how many
 
 
@@ -90,24 +93,33 @@ class GivenLists:
 class RowLists:
     """Rows of a file, in any shape that read_rows knows."""
 
-    def __init__(self, source: DataSource, left_out: Count) -> None:
-        self._source, self._left_out = source, left_out
+    def __init__(self, source: DataSource, left_out: Count, note: Count) -> None:
+        self._source, self._left_out, self._note = source, left_out, note
         path, kind, answers = expand_path(source.lists), "rows", source.permutations
         if answers is not None:
             answers = expand_path(answers)
             status = os.stat(answers) if os.path.exists(answers) else None
             changed = status and (status.st_size, status.st_mtime_ns)
-            kind = f"rows {source.permutation_policy} {os.path.realpath(answers)} {changed}"
+            kind = f"rows {os.path.realpath(answers)} {changed}"
 
         def records() -> Iterator[tuple[str, bytes]]:
-            lists = read_rows(path, permutations=answers, policy=source.permutation_policy)
-            return (("", to_json(one).encode()) for one in lists)
+            counts: Counter[str] = Counter()
+            policy = source.permutation_policy
+            for one in read_rows(path, permutations=answers, policy=policy, counts=counts):
+                yield "", to_json(one).encode()
+            if counts:
+                yield _ANSWERS, json.dumps(counts).encode()
 
-        self._store = open_store(path, kind, records)
+        kind = f"{kind} {source.permutation_policy}"
+        self._store = open_store(path, kind, records, is_fixed=is_on_hub(path))
+        self._answers = int(self._store.find([_ANSWERS])[0])
 
     def scan(self, update: Callable[[bytes], None]) -> Iterator[tuple[int, Scanned]]:
         update(self._store.digest)
-        for number in range(len(self._store)):
+        if self._answers >= 0:
+            for status, count in json.loads(self._store.record(self._answers)[1]).items():
+                self._note(f"answers {status}", count)
+        for number in range(len(self._store) - (self._answers >= 0)):
             ranking = self.read(number)
             if not self._source.has_query(ranking.query if ranking.query_id is None else ranking.query_id):
                 self._left_out("lists outside queries_part", 1)

@@ -1,7 +1,9 @@
-"""Texts and judgments by an id of ir_datasets in place of a file: `ir_datasets:msmarco-passage/train/judged`.
+"""Data sets by name in place of a file: `ir_datasets:ID`, and `hub:owner/name` on the Hugging Face hub.
 
+Texts and judgments come from ir_datasets, as `ir_datasets:msmarco-passage/train/judged`.
 Rank-DistiLLM's runs name that id at the end of their file name, with dashes for slashes
 (`__rankzephyr-colbert-10000-sampled-100__msmarco-passage-train-judged.run`), and it may be written so here, too.
+Rows with texts come from the hub, through the package datasets.
 """
 
 from __future__ import annotations
@@ -10,15 +12,22 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
+from urllib.parse import parse_qsl
 
 from fastrank.data.files import DataError
 
 PREFIX = "ir_datasets:"
+HUB_PREFIX = "hub:"
+HUB_OPTIONS = ("config", "split", "revision")
 _NAMED_RUN = re.compile(r".*__([^_]+)\.(run|tsv|parquet|pq)(\.gz)?", re.IGNORECASE)
 
 
 def is_catalogued(path: str | os.PathLike[str]) -> bool:
     return os.fspath(path).startswith(PREFIX)
+
+
+def is_on_hub(path: str | os.PathLike[str]) -> bool:
+    return os.fspath(path).startswith(HUB_PREFIX)
 
 
 def named_by(run: str | os.PathLike[str]) -> str | None:
@@ -61,3 +70,33 @@ def _load(path: str) -> Any:
         what = f"may be any of {', '.join(dashed)}" if dashed else "is none that it knows"
         raise DataError(f"the id {name!r} {what}; write it with its slashes", path)
     return ir_datasets.load(name if name in known else dashed[0])
+
+
+def read_hub_rows(path: str) -> Iterator[tuple[int, dict]]:
+    """Rows of a data set on the Hugging Face hub with their numbers from 1, streamed, so that none is held in memory.
+
+    path: `hub:owner/name?config=triplet&split=train&revision=main`; config is needed where there are several, split is
+    train by default. A local folder of data files may stand for owner/name. Raises DataError without the package
+    datasets, for another option and for what the hub does not have or does not give.
+    """
+    name, _, query = path.removeprefix(HUB_PREFIX).partition("?")
+    options = dict(parse_qsl(query, keep_blank_values=True))
+    unknown = [key for key in options if key not in HUB_OPTIONS]
+    if not name or unknown or not all(options.values()):
+        form = f"{HUB_PREFIX}owner/name?config=...&split=...&revision=..."
+        raise DataError(f"expected {form}" + (f", found {unknown[0]!r}" if unknown else ""), path)
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise DataError("data sets of the hub need the package: pip install datasets", path) from None
+    try:
+        rows = load_dataset(
+            name,
+            options.get("config"),
+            split=options.get("split", "train"),
+            revision=options.get("revision"),
+            streaming=True,
+        )
+        yield from enumerate(rows, start=1)
+    except Exception as error:  # what the network, the hub and parsers raise
+        raise DataError(f"cannot be read: {' '.join(str(error).split()) or type(error).__name__}", path) from error

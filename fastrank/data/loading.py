@@ -178,7 +178,7 @@ def _open(part: DataSource | RankingList, report: LoadReport, unranked: dict[str
         yield GivenLists([part])
         return
     if part.lists is not None:
-        yield RowLists(part, leave_out)
+        yield RowLists(part, leave_out, note)
         return
     queries = open_queries(part.queries)
     qrels = None if part.qrels is None else read_qrels(part.qrels)

@@ -2,20 +2,26 @@
 
 The one idea: every shape of a row becomes the mapping {query, documents, labels} that fastrank's own lists have, which
 one function checks. A shape is told by its keys. Rows of single pairs are gathered by query, so they must stand
-together. Files are read row by row: JSON lines, tab separated columns or parquet; a JSON array is read whole.
+together. Files are read row by row: JSON lines, tab separated columns or parquet, or a data set of the hub; a JSON
+array, and objects of several lines each, are read whole.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from fastrank.data import catalogue
 from fastrank.data.files import DataError, clean_text, decode, expand_path, name_of, read_lines, write_aside
 from fastrank.data.formats import Path, has_tabs, parse_json_object, ranking_list_from, write_lists
+from fastrank.data.histories import Replayed, query_key, read_window, replay
+from fastrank.data.permutations import parse_permutation
 from fastrank.data.ranking_list import RankingList
 from fastrank.data.runs import write_run
 from fastrank.data.scored_ids import PARQUET, read_parquet_rows
@@ -26,46 +32,139 @@ QUERY_ID_KEYS = ("query_id", "qid")
 QUERY_KEYS = ("query", "anchor", "question")
 PAIR_TEXT_KEYS = ("passage", "document", "answer", "text", "positive")
 _NEGATIVE = re.compile("negative(_[0-9]+)?")
+HISTORY_KEYS = ("invocations_history", "ranking_exec_summary")  # rank_llm's name for it today, and the one before
 _ANSWER = "fastrank: answer"  # what _with_answers adds to a row
+_WINDOWS = "fastrank: windows"  # of a mapping whose labels are an LLM's answers, still to be replayed
+_SEPARATORS = re.compile(r"[\s,]*")  # between JSON values in one file
 TRIPLE_COLUMNS = ("query", "positive", "negative")
 TOP1000_COLUMNS = ("query_id", "doc_id", "query", "text")
 
 
 def read_rows(
-    path: Path, shape: str | None = None, *, permutations: Path | None = None, policy: str = "repair"
+    path: Path,
+    shape: str | None = None,
+    *,
+    permutations: Path | None = None,
+    policy: str = "repair",
+    counts: Counter[str] | None = None,
 ) -> Iterator[RankingList]:
     """Reads ranking lists of any shape in SHAPES, one after the other.
 
     Arguments:
         path: JSON lines or an array of objects, .tsv of 3 columns (query, relevant text, other text) or 4 (MS MARCO's
-            top1000: query id, document id, query, text), each plain or .gz; or .parquet. "-" = standard input.
+            top1000: query id, document id, query, text), each plain or .gz; or .parquet; or a data set of the Hugging
+            Face hub, `hub:owner/name?config=triplet&split=train`, as catalogue.read_hub_rows takes it. "-" = standard
+            input.
         shape: a name in SHAPES; default: told by the keys of the first row.
-        permutations: for `rankgpt`: a JSON array with one answer ("[3] > [1] > ...") a row.
-        policy: of parse_permutation, for answers that are not well formed; a row whose answer is dropped gives a list
-            without documents.
+        permutations: an LLM's answers, which then make the labels. For `rankgpt` a JSON array with one answer ("[3] >
+            [1] > ...") a row; for other rows rank_llm's history of the same queries, told by id or else by text, which
+            ranks their documents with the texts and the ids that they have there.
+        policy: of parse_permutation, for answers that are not well formed; a row with an answer that is dropped gives a
+            list without documents.
+        counts: receives how many answers had each of parse_permutation's statuses, and how many no row asked for.
 
     Labels are those of the row; the scores of FlagEmbedding's teacher; 1 and 0 for what is named relevant or not; or,
     where a row is only an order (rank_llm, rankgpt's permutations), n for its first document down to 1.
-    Raises DataError, with file and row, for a row of another shape and for a query whose pairs do not stand together.
+
+    Histories (`history`; `prompts` in rank_llm's first form) hold prompts and raw responses, which are read anew with
+    parse_permutation, window after window, whatever order rank_llm made of them; where candidates lie beside, these are
+    the documents, and else the passages as the prompts show them, in the order before the first answer.
+    Raises DataError, with file and row, for a row of another shape, for a query whose pairs do not stand together and
+    for windows that do not follow from each other.
     """
     path = path if path == "-" else expand_path(path)
     name = name_of(path)
+    counts = Counter() if counts is None else counts
     if shape is not None and shape not in SHAPES:
         raise DataError(f"there is no shape {shape!r} of rows; known are {', '.join(SHAPES)}", name)
-    rows = _read(path)
+    chosen, rows = _with_shape(_read(path), shape, name)
+    if permutations is None and policy != "repair" and chosen not in _ANSWERED:
+        raise DataError(f"the policy {policy!r} needs permutations, the answers that it is about", name)
+    histories = None
+    if permutations is not None and chosen in _ANSWERED:
+        raise DataError("permutations do not go with rows that hold answers themselves", name)
+    if permutations is not None:
+        permutations = expand_path(permutations)
+        if chosen is SHAPES["rankgpt"]:
+            rows = _with_answers(rows, permutations, policy, counts, name)
+        else:
+            histories = _Histories(permutations, policy)
+    for number, mapping in _mappings(rows, chosen, name):
+        windows = mapping.get(_WINDOWS)
+        ranking = ranking_list_from(mapping, name, number)
+        try:
+            if histories is not None:
+                ranking = _ranked(ranking, histories.find(ranking, counts))
+            elif windows is not None:
+                replayed = replay(windows, policy)
+                counts.update(replayed.counts)
+                ranking = _ranked(ranking, replayed)
+        except ValueError as error:
+            raise DataError(str(error), name, number) from None
+        yield ranking
+    if histories is not None and (num_unused := histories.num_unused()):
+        counts["of queries that no row has"] += num_unused
+
+
+def _with_shape(
+    rows: Iterator[tuple[int, Row]], shape: str | None, name: str
+) -> tuple[Shape, Iterator[tuple[int, Row]]]:
     try:
         number, first = next(rows)
     except StopIteration:
         raise DataError("the file holds no row", name) from None
-    chosen = SHAPES[shape] if shape else _recognise(first, name, number)
-    rows = itertools.chain([(number, first)], rows)
-    if permutations is not None:
-        if chosen is not SHAPES["rankgpt"]:
-            raise DataError("permutations go with rows of the shape rankgpt alone", name)
-        rows = _with_answers(rows, expand_path(permutations), policy, name)
-    read = _read_each(rows, chosen, name)
-    for number, mapping in read if chosen.gather is None else _gathered(read, chosen, name):
-        yield ranking_list_from(mapping, name, number)
+    return SHAPES[shape] if shape else _recognise(first, name, number), itertools.chain([(number, first)], rows)
+
+
+def _mappings(rows: Iterator[tuple[int, Row]], shape: Shape, name: str) -> Iterator[tuple[int, dict]]:
+    read = _read_each(rows, shape, name)
+    return read if shape.gather is None else _gathered(read, shape, name)
+
+
+def _ranked(ranking: RankingList, replayed: Replayed) -> RankingList:
+    """The list with labels from the answers; it has the documents of the prompts where it has none of its own."""
+    if replayed.ranks is None:
+        return RankingList(ranking.query, (), (), ranking.query_id)
+    if not ranking.documents:
+        texts = tuple(map(clean_text, replayed.texts))
+        return RankingList(ranking.query, texts, replayed.labels(), ranking.query_id)
+    return dataclasses.replace(ranking, labels=replayed.labels_among(ranking.documents))
+
+
+class _Histories:
+    """What the answers of a history file make of its queries, by query id and by text."""
+
+    def __init__(self, path: str, policy: str) -> None:
+        self._path = path
+        self._by_id: dict[str, Replayed] = {}
+        self._by_text: dict[str, Replayed] = {}
+        self._unused: dict[int, Replayed] = {}
+        shape, rows = _with_shape(_read(path), None, path)
+        if shape not in _ANSWERED:
+            raise DataError("expected rank_llm's history of prompts and responses", path)
+        for number, mapping in _mappings(rows, shape, path):
+            query = ranking_list_from(mapping | {"documents": ()}, path, number)
+            if query.query_id in self._by_id:
+                raise DataError(f"the query {query.query_id!r} comes twice", path, number)
+            try:
+                replayed = replay(mapping[_WINDOWS], policy)
+            except ValueError as error:
+                raise DataError(str(error), path, number) from None
+            if query.query_id is not None:
+                self._by_id[query.query_id] = replayed
+            self._by_text[query_key(query.query)] = replayed
+            self._unused[id(replayed)] = replayed
+
+    def find(self, ranking: RankingList, counts: Counter[str]) -> Replayed:
+        replayed = self._by_id.get(ranking.query_id) or self._by_text.get(query_key(ranking.query))
+        if replayed is None:
+            raise ValueError(f"{self._path} has no answer for the query {ranking.query_id or ranking.query[:60]!r}")
+        if self._unused.pop(id(replayed), None):
+            counts.update(replayed.counts)
+        return replayed
+
+    def num_unused(self) -> int:
+        return sum(replayed.counts.total() for replayed in self._unused.values())
 
 
 def _read_each(rows: Iterator[tuple[int, Row]], shape: Shape, name: str) -> Iterator[tuple[int, dict]]:
@@ -142,7 +241,6 @@ def _by_order(count: int) -> list[float]:
 
 
 def _rank_llm(row: Row) -> dict:
-    query = row["query"]
     documents = []
     for candidate in row["candidates"]:
         content = candidate["doc"]
@@ -151,8 +249,36 @@ def _rank_llm(row: Row) -> dict:
         if key is None:
             raise ValueError(f"a document has none of {', '.join(TEXT_KEYS)}")
         documents.append(_document(content[key], candidate.get("docid"), content.get("title")))
-    named = {"query": query} if isinstance(query, str) else {"query": query["text"], "query_id": query.get("qid")}
-    return named | {"documents": documents, "labels": _by_order(len(documents))}
+    return _rank_llm_query(row) | {"documents": documents, "labels": _by_order(len(documents))}
+
+
+def _rank_llm_query(row: Row) -> dict:
+    query = row["query"]
+    return {"query": query} if isinstance(query, str) else {"query": query["text"], "query_id": query.get("qid")}
+
+
+def _history(row: Row) -> dict:
+    read = _rank_llm(row) if "candidates" in row else _rank_llm_query(row) | {"documents": []}
+    return read | {_WINDOWS: list(map(read_window, row[_first(row, HISTORY_KEYS)]))}
+
+
+def _is_history(row: Row) -> bool:
+    # Candidates without answers are rows of rank_llm, whose order they have.
+    key = _first(row, HISTORY_KEYS)
+    return (
+        "query" in row and key is not None and isinstance(row[key], list) and bool(row[key] or "candidates" not in row)
+    )
+
+
+def _prompt(row: Row) -> dict:
+    window = read_window(row)
+    if not window.query:
+        raise ValueError("the prompt does not say 'Search Query: ...', by which rows of one query are told")
+    return {"key": query_key(window.query), "query": window.query, "window": window}
+
+
+def _gather_prompts(prompts: Sequence[dict]) -> dict:
+    return {"query": prompts[0]["query"], "documents": [], _WINDOWS: [prompt["window"] for prompt in prompts]}
 
 
 def _hits(row: Row) -> dict:
@@ -169,11 +295,10 @@ def _hits(row: Row) -> dict:
 def _rankgpt(row: Row) -> dict:
     retrieved = sorted(row["retrieved_passages"], key=lambda one: one.get("rank", 0))
     if _ANSWER in row:
-        # Here, so that reading other shapes does not need the parser.
-        from fastrank.data.permutations import parse_permutation
-
-        answer, policy = row[_ANSWER]
-        labels = parse_permutation(answer, len(retrieved), policy=policy).labels()
+        answer, policy, counts = row[_ANSWER]
+        permutation = parse_permutation(answer, len(retrieved), policy=policy)
+        counts[permutation.status] += 1
+        labels = permutation.labels()
         if labels is None:
             retrieved, labels = [], []
     else:
@@ -294,6 +419,8 @@ def _is_pair(row: Row) -> bool:
 
 # In the order in which they are tried.
 SHAPES: dict[str, Shape] = {
+    "history": Shape(_is_history, f"query {{text, qid}} and {HISTORY_KEYS[0]} [{{prompt, response}}, ...]", _history),
+    "prompts": Shape(_has("prompt", "response"), "prompt and response", _prompt, _gather_prompts),
     "rank_llm": Shape(_has("query", "candidates"), "query {text, qid} and candidates [{docid, doc}, ...]", _rank_llm),
     "hits": Shape(_has("query", "hits"), "query and hits [{qid, docid, content}, ...]", _hits),
     "rankgpt": Shape(
@@ -323,6 +450,7 @@ SHAPES: dict[str, Shape] = {
         _gather_pairs,
     ),
 }
+_ANSWERED = (SHAPES["history"], SHAPES["prompts"])
 
 
 def _recognise(row: Row, name: str, number: int) -> Shape:
@@ -338,8 +466,10 @@ def _keys(row: Row) -> str:
 
 def _read(path: str) -> Iterator[tuple[int, Row]]:
     """Rows with their numbers: lines of a text file, else places from 1."""
-    lower = path.lower()
-    if lower.endswith(PARQUET):
+    if catalogue.is_on_hub(path):
+        yield from catalogue.read_hub_rows(path)
+        return
+    if path.lower().endswith(PARQUET):
         yield from read_parquet_rows(path)
         return
     name = name_of(path)
@@ -347,8 +477,8 @@ def _read(path: str) -> Iterator[tuple[int, Row]]:
     first = next(lines)
     number, raw = first
     has_columns = has_tabs(path)
-    if not has_columns and raw.lstrip().startswith(b"["):
-        for place, row in enumerate(_parse_array(itertools.chain([first], lines), name), start=1):
+    if not has_columns and (raw.lstrip().startswith(b"[") or raw.strip() == b"{"):
+        for place, row in enumerate(_parse_whole(itertools.chain([first], lines), name), start=1):
             if not isinstance(row, dict):
                 raise DataError(f"row {place} must be a JSON object, not {type(row).__name__}", name, place)
             yield place, row
@@ -367,23 +497,31 @@ def _read(path: str) -> Iterator[tuple[int, Row]]:
         yield number, dict(zip(TRIPLE_COLUMNS if width == 3 else TOP1000_COLUMNS, fields, strict=True))
 
 
-def _parse_array(lines: Iterable[tuple[int, bytes]], name: str) -> object:
-    """The JSON value that all lines together are."""
-    try:
-        return json.loads(decode(b"\n".join(raw for _, raw in lines), name, 1))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"not a valid JSON array: {error}", name, 1) from None
+def _parse_whole(lines: Iterable[tuple[int, bytes]], name: str) -> Iterator[object]:
+    """What a JSON array holds, or several that were appended to one file; or objects that follow each other."""
+    text = decode(b"\n".join(raw for _, raw in lines), name, 1)
+    decoder = json.JSONDecoder()
+    place = _SEPARATORS.match(text).end()
+    while place < len(text):
+        try:
+            value, place = decoder.raw_decode(text, place)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"not a valid JSON array or objects: {error}", name, 1) from None
+        place = _SEPARATORS.match(text, place).end()
+        yield from value if isinstance(value, list) else [value]
 
 
-def _with_answers(rows: Iterator[tuple[int, Row]], path: str, policy: str, name: str) -> Iterator[tuple[int, Row]]:
-    answers = _parse_array(read_lines(path, "a JSON array of answers"), path)
-    if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
+def _with_answers(
+    rows: Iterator[tuple[int, Row]], path: str, policy: str, counts: Counter[str], name: str
+) -> Iterator[tuple[int, Row]]:
+    answers = list(_parse_whole(read_lines(path, "a JSON array of answers"), path))
+    if not all(isinstance(answer, str) for answer in answers):
         raise DataError("expected a JSON array of strings", path)
     missing = object()
     for row, answer in itertools.zip_longest(rows, answers, fillvalue=missing):
         if row is missing or answer is missing:
             raise DataError(f"{name} and {path} have not the same number of rows and answers", name)
-        yield row[0], {**row[1], _ANSWER: (answer, policy)}
+        yield row[0], {**row[1], _ANSWER: (answer, policy, counts)}
 
 
 def _gathered(pairs: Iterator[tuple[int, dict]], shape: Shape, name: str) -> Iterator[tuple[int, dict]]:

@@ -30,10 +30,12 @@ class DataSource:
 
     Paths may hold ~ and $FASTRANK_DATA; files are plain or gzip.
 
-    lists: JSON lines {query, documents, labels}, or rows of another tool's shape, as read_rows reads them.
-    permutations: with lists of RankGPT's shape, a JSON array of an LLM's answers, one a row.
+    lists: JSON lines {query, documents, labels}, or rows of another tool's shape, or a data set of the Hugging Face hub
+    (`hub:owner/name?config=triplet&split=train`), as read_rows reads them.
+    permutations: an LLM's answers, which order the lists: with RankGPT's shape a JSON array, one answer a row; with
+    others rank_llm's history of the same queries. Lists that are such a history need none.
     permutation_policy: what becomes of an answer that is not well formed, as in parse_permutation: `repair`, `drop` the
-    list, or `tier`: documents that it left out share the last place.
+    list, or `tier`: documents that it left out share the last place. The report counts answers by their form.
     queries, documents: texts by id, as read_queries and read_documents read them, or `ir_datasets:ID`. Default: the id
     that the runs' file names end in, by Rank-DistiLLM's convention.
     run: a TREC run with the candidates; several runs (teachers) give one list per run and query; `bm25` ranks all
@@ -96,8 +98,8 @@ class DataSource:
         _choice("targets", self.targets, TARGETS)
         _choice("sampling", self.sampling, SAMPLINGS)
         _choice("permutation_policy", self.permutation_policy, POLICIES)
-        if self.permutations is None and self.permutation_policy != "repair":
-            raise DataError("permutation_policy needs permutations, the answers that it is about")
+        if self.lists is None and self.permutation_policy != "repair":
+            raise DataError("permutation_policy needs lists with answers, which it is about")
         if self.permutations is not None and self.lists is None:
             raise DataError("permutations go with lists, the rows that they order")
         _whole("depth", self.depth, 1)

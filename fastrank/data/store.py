@@ -23,7 +23,7 @@ import numpy as np
 from fastrank.data.files import DataError
 
 MAX_BYTES_IN_MEMORY = 32 << 20  # of the file that a store is made from
-VERSION = 1  # of the layout and of what the readers write into records
+VERSION = 2  # of the layout and of what the readers write into records
 _MAGIC = b"fastrank"
 _FOOTER = struct.Struct("<8sQQ32s")  # magic, version, number of records, digest of all of them
 _NAME_LENGTH = struct.Struct("<I")
