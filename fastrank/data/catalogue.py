@@ -12,7 +12,6 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
-from urllib.parse import parse_qsl
 
 from fastrank.data.files import DataError
 
@@ -28,6 +27,16 @@ def is_catalogued(path: str | os.PathLike[str]) -> bool:
 
 def is_on_hub(path: str | os.PathLike[str]) -> bool:
     return os.fspath(path).startswith(HUB_PREFIX)
+
+
+def hub_state(path: str) -> str:
+    """Changes with the files of a local folder that stands for a data set of the hub; "" for a name on the hub."""
+    folder = path.removeprefix(HUB_PREFIX).partition("?")[0]
+    files = sorted(os.path.join(root, name) for root, _, names in os.walk(folder) for name in names)
+    states = [
+        (file, status.st_size, status.st_mtime_ns) for file, status in zip(files, map(os.stat, files), strict=True)
+    ]
+    return f"{os.path.realpath(folder)} {states}" if states else ""
 
 
 def named_by(run: str | os.PathLike[str]) -> str | None:
@@ -73,14 +82,14 @@ def _load(path: str) -> Any:
 
 
 def read_hub_rows(path: str) -> Iterator[tuple[int, dict]]:
-    """Rows of a data set on the Hugging Face hub with their numbers from 1, streamed, so that none is held in memory.
+    """Rows of a data set on the Hugging Face hub with their numbers from 1, streamed, so that few are held in memory.
 
     path: `hub:owner/name?config=triplet&split=train&revision=main`; config is needed where there are several, split is
     train by default. A local folder of data files may stand for owner/name. Raises DataError without the package
     datasets, for another option and for what the hub does not have or does not give.
     """
     name, _, query = path.removeprefix(HUB_PREFIX).partition("?")
-    options = dict(parse_qsl(query, keep_blank_values=True))
+    options = {key: value for key, _, value in (part.partition("=") for part in query.split("&") if part)}
     unknown = [key for key in options if key not in HUB_OPTIONS]
     if not name or unknown or not all(options.values()):
         form = f"{HUB_PREFIX}owner/name?config=...&split=...&revision=..."
