@@ -11,7 +11,16 @@ import threading
 import pytest
 
 from fastrank.__main__ import main
-from fastrank.data import DataError, RankingList, load_data, read_documents, read_qrels, read_queries, read_rows
+from fastrank.data import (
+    DataError,
+    RankingList,
+    load_data,
+    read_documents,
+    read_qrels,
+    read_queries,
+    read_ranked_run,
+    read_rows,
+)
 from fastrank.data.catalogue import named_by
 from fastrank.data.sources import DataSource
 
@@ -102,6 +111,9 @@ def on_hub(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hub")
     configs = {
         "triplet": TRIPLETS,
+        "queries": [{"query_id": 7, "query": "q"}],
+        "corpus": [{"passage_id": i, "passage": text} for i, text in enumerate("abc")],
+        "teacher": [{"query_id": 7, "doc_ids": [2, 0]}],
         "list": [{"query_id": 7, "query": "q", "docs": ["a", "b"], "doc_ids": ["x", "y"], "labels": [1, 0]}],
     }
     lines = ["---", "configs:"]
@@ -126,6 +138,22 @@ def test_rows_of_the_hub(on_hub, tmp_path):
     out = tmp_path / "out.jsonl"
     assert main(["convert", "--input", f"hub:{on_hub}/splits", "--to", "lists", "--output", str(out)]) == 0
     assert len(out.read_text().splitlines()) == 1
+
+
+def test_texts_and_runs_of_the_hub(on_hub, tmp_path):
+    """As sentence-transformers/msmarco has them: queries, passages and a teacher's order by id."""
+    hub = {config: f"hub:{on_hub}/configs?config={config}" for config in ("queries", "corpus", "teacher")}
+    assert read_queries(hub["queries"]) == {"7": "q"}
+    assert read_documents(hub["corpus"], wanted={"1"}) == {"1": "b"}
+    source = {"queries": hub["queries"], "documents": hub["corpus"], "run": hub["teacher"], "targets": "rank"}
+    expected = [RankingList("q", ("c", "a"), (2, 1), "7", ("2", "0"))]
+    for _ in range(2):
+        assert load_data(source | {"depth": 2}, seed=0).candidates == expected
+    assert len(list((tmp_path / "cache").glob("*.store"))) == 3
+    with pytest.raises(DataError, match=r"hub:.*:1: the query has no text"):
+        read_queries(hub["teacher"])
+    with pytest.raises(DataError, match=r"hub:.*:1: the row has none of the columns doc_id"):
+        read_ranked_run(hub["queries"])
 
 
 def test_the_hub_is_read_once(on_hub, tmp_path, monkeypatch):

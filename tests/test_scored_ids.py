@@ -108,6 +108,27 @@ def test_parquet_files_that_are_no_runs(tmp_path, columns, sentence):
         read_ranked_run(tmp_path / "run.parquet")
 
 
+def test_lists_of_ids(tmp_path):
+    """As sentence-transformers/msmarco has them: an order, or labels; one row a query."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow.parquet import write_table
+
+    path = tmp_path / "lists.parquet"
+    for more, ranks, scores in (({}, [1, 2, 3], [3, 2, 1]), ({"labels": [0.5, 2.0, 1.0]}, [3, 1, 2], [0.5, 2, 1])):
+        write_table(pyarrow.Table.from_pylist([{"query_id": 7, "doc_ids": [5, 6, 4]} | more]), path)
+        run = read_ranked_run(path)["7"]
+        assert (run.document_ids, list(run.ranks), list(run.scores)) == (["5", "6", "4"], ranks, scores)
+    for row, sentence in (
+        ({"query_id": 7, "doc_ids": [5], "labels": [1.0, 2.0]}, "perhaps as many labels"),
+        ({"query_id": 7, "doc_ids": "abc"}, r"expected query_id, doc_ids \[...\]"),
+        ({"doc_ids": [5]}, "an id must be a string or a whole number, found None"),
+        ({"query_id": 7, "doc_ids": [5], "labels": [float("nan")]}, "must be a finite number"),
+    ):
+        write_table(pyarrow.Table.from_pylist([row]), path)
+        with pytest.raises(DataError, match=rf"lists\.parquet:1: {sentence}"):
+            read_ranked_run(path)
+
+
 def test_missing_parquet(tmp_path):
     pytest.importorskip("pyarrow")
     with pytest.raises(DataError, match="no such file"):

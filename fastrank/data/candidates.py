@@ -18,7 +18,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from fastrank.data.bm25 import bm25_run
-from fastrank.data.catalogue import hub_state, is_on_hub
+from fastrank.data.catalogue import hub_state, is_named
 from fastrank.data.files import DataError, expand_path
 from fastrank.data.formats import ranking_list_from, to_json
 from fastrank.data.ranking_list import RankingList
@@ -110,11 +110,8 @@ class RowLists:
             if counts:
                 yield _ANSWERS, json.dumps(counts).encode()
 
-        kind = f"{kind} {source.permutation_policy}"
-        on_hub = is_on_hub(path)
-        if on_hub:
-            kind += hub_state(path)
-        self._store = open_store(path, kind, records, is_fixed=on_hub)
+        kind = f"{kind} {source.permutation_policy}{hub_state(path)}"
+        self._store = open_store(path, kind, records, is_fixed=is_named(path))
         self._answers = int(self._store.find([_ANSWERS])[0])
 
     def scan(self, update: Callable[[bytes], None]) -> Iterator[tuple[int, Scanned]]:

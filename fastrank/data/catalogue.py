@@ -3,7 +3,7 @@
 Texts and judgments come from ir_datasets, as `ir_datasets:msmarco-passage/train/judged`.
 Rank-DistiLLM's runs name that id at the end of their file name, with dashes for slashes
 (`__rankzephyr-colbert-10000-sampled-100__msmarco-passage-train-judged.run`), and it may be written so here, too.
-Rows with texts come from the hub, through the package datasets.
+Rows come from the hub, through the package datasets: lists with texts, texts by id, or the ids of a run.
 """
 
 from __future__ import annotations
@@ -29,8 +29,15 @@ def is_on_hub(path: str | os.PathLike[str]) -> bool:
     return os.fspath(path).startswith(HUB_PREFIX)
 
 
+def is_named(path: str | os.PathLike[str]) -> bool:
+    """Whether the path is a name of either kind, and no file."""
+    return is_catalogued(path) or is_on_hub(path)
+
+
 def hub_state(path: str) -> str:
-    """Changes with the files of a local folder that stands for a data set of the hub; "" for a name on the hub."""
+    """Changes with the files of a local folder that stands for a data set of the hub; "" for anything else."""
+    if not is_on_hub(path):
+        return ""
     folder = path.removeprefix(HUB_PREFIX).partition("?")[0]
     files = sorted(os.path.join(root, name) for root, _, names in os.walk(folder) for name in names)
     states = [

@@ -14,14 +14,15 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from fastrank.data import catalogue
 from fastrank.data.files import DataError, clean_text, decode, expand_path, name_of, read_lines, write_aside
 from fastrank.data.ranking_list import RankingList
+from fastrank.data.scored_ids import is_table, read_table
 from fastrank.data.store import Store, open_store
 
 Path = str | os.PathLike[str]
 
 QUERY_ID_KEYS = ("_id", "qid", "query_id", "id")
 QUERY_TEXT_KEYS = ("text", "query")
-DOCUMENT_ID_KEYS = ("id", "_id", "docid", "doc_id")
-DOCUMENT_TEXT_KEYS = ("text", "content", "page_content")
+DOCUMENT_ID_KEYS = ("id", "_id", "docid", "doc_id", "passage_id")
+DOCUMENT_TEXT_KEYS = ("text", "content", "page_content", "passage")
 _QRELS_LINE = "query-id iteration document-id grade"
 _BEIR_QRELS_HEADER = [b"query-id", b"corpus-id", b"score"]
 
@@ -64,7 +65,8 @@ def read_queries(path: Path) -> dict[str, str]:
     """Read queries as {query id: text}.
 
     path: `id TAB text` lines, or JSON objects with an id (_id, qid, query_id, id) and a text (text, query); told by
-    the name's ending (.tsv, .txt, .jsonl, .json, before .gz), else by the first character; or `ir_datasets:ID`.
+    the name's ending (.tsv, .txt, .jsonl, .json, before .gz), else by the first character; or such rows in .parquet or
+    on the hub (`hub:owner/name?config=queries`); or `ir_datasets:ID`.
     Raises DataError for a line of another shape or an id that comes twice.
     """
     path = expand_path(path)
@@ -79,8 +81,8 @@ def read_queries(path: Path) -> dict[str, str]:
 def read_documents(path: Path, *, wanted: Collection[str] | None = None) -> dict[str, str]:
     """Read documents as {document id: text}; a title goes before its text, with one space between.
 
-    path: JSON objects with an id (id, _id, docid, doc_id), a text (text, content) and perhaps a title, or
-    `id TAB text` lines; told apart as in read_queries.
+    path: JSON objects with an id (id, _id, docid, doc_id, passage_id), a text (text, content, passage) and perhaps a
+    title, or `id TAB text` lines; these, and other files and names, told apart as in read_queries.
     wanted: keep only these ids (a set), so that a large collection does not fill the memory; every line is checked.
     Raises DataError for a line of another shape or a kept id that comes twice.
     """
@@ -114,7 +116,7 @@ def _open_texts(path: Path, noun: str, id_keys: Sequence[str], text_keys: Sequen
     def records() -> Iterator[tuple[str, bytes]]:
         return ((name, text.encode()) for _, name, text in _read_texts(path, noun, id_keys, text_keys))
 
-    return open_store(path, noun, records, is_fixed=catalogue.is_catalogued(path))
+    return open_store(path, noun + catalogue.hub_state(path), records, is_fixed=catalogue.is_named(path))
 
 
 def read_lists(path: Path) -> list[RankingList]:
@@ -230,6 +232,10 @@ def _read_texts(
     if catalogue.is_catalogued(path):
         for place, (name, text) in enumerate(catalogue.read_texts(path, noun), start=1):
             yield place, clean_text(name), clean_text(text)
+        return
+    if is_table(path):
+        for number, row in read_table(path):
+            yield number, _id_of(row, id_keys, noun, path, number), _text_of(row, text_keys, noun, path, number)
         return
     tabs = has_tabs(path)
     expected = f"{noun} id TAB text" if tabs else f"JSON objects with {id_keys[0]!r} and {text_keys[0]!r}"

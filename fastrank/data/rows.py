@@ -17,14 +17,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from fastrank.data import catalogue
 from fastrank.data.files import DataError, clean_text, decode, expand_path, name_of, read_lines, write_aside
 from fastrank.data.formats import Path, has_tabs, parse_json_object, ranking_list_from, write_lists
 from fastrank.data.histories import Replayed, query_key, read_window, replay
 from fastrank.data.permutations import parse_permutation
 from fastrank.data.ranking_list import RankingList
 from fastrank.data.runs import write_run
-from fastrank.data.scored_ids import PARQUET, read_parquet_rows
+from fastrank.data.scored_ids import is_table, read_table
 
 Row = Mapping[str, object]
 TEXT_KEYS = ("text", "segment", "contents", "content", "body", "passage")  # of a document, as rank_llm looks for them
@@ -466,11 +465,8 @@ def _keys(row: Row) -> str:
 
 def _read(path: str) -> Iterator[tuple[int, Row]]:
     """Rows with their numbers: lines of a text file, else places from 1."""
-    if catalogue.is_on_hub(path):
-        yield from catalogue.read_hub_rows(path)
-        return
-    if path.lower().endswith(PARQUET):
-        yield from read_parquet_rows(path)
+    if is_table(path):
+        yield from read_table(path)
         return
     name = name_of(path)
     lines = read_lines(path, "JSON objects or tab separated columns")

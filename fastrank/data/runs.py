@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fastrank.data import scored_ids
+from fastrank.data.catalogue import hub_state, is_named
 from fastrank.data.files import DataError, decode, expand_path, read_lines, write_aside
 from fastrank.data.formats import Path, column, whole_number
 from fastrank.data.store import open_store
@@ -41,14 +42,19 @@ class RankedRun(Mapping[str, RankedQuery]):
     raises DataError for a document that comes twice (but in pairs and triples with the score that it had), and for a
     rank on some of its rows only.
 
-    path: a TREC run, or one of the files of fastrank.data.scored_ids, told by its name (.parquet) and its first line;
-    without a rank column documents are ranked by score. Raises DataError for a wrong number of columns, a rank that is
-    no whole number from 0 or a score that is not finite.
+    path: a TREC run, or one of the files of fastrank.data.scored_ids, told by its name (.parquet) and its first line,
+    or ids on the hub (`hub:owner/name?config=rankzephyr-colbert`); without a rank column documents are ranked by score.
+    Raises DataError for a wrong number of columns, a rank that is no whole number from 0 or a score that is not finite.
     """
 
     def __init__(self, path: Path):
         self.path = expand_path(path)
-        self._store = open_store(self.path, "run", lambda: map(_pack, _blocks(self.path)))
+        self._store = open_store(
+            self.path,
+            f"run{hub_state(self.path)}",
+            lambda: map(_pack, _blocks(self.path)),
+            is_fixed=is_named(self.path),
+        )
         if not len(self._store):
             raise DataError("the file holds no row", self.path)
         self._repeated = self._store.repeated()
@@ -162,8 +168,8 @@ def _without_repeated(query_id: str, query: RankedQuery, path: str) -> RankedQue
 
 
 def _read_scored(path: str) -> Iterator[scored_ids.Scored]:
-    if path.lower().endswith(scored_ids.PARQUET):
-        yield from scored_ids.from_parquet(path)
+    if scored_ids.is_table(path):
+        yield from scored_ids.from_table(path)
         return
     kind = None
     for line, raw in read_lines(path, RUN_LINE):

@@ -1,6 +1,7 @@
 """Files of query ids, document ids and scores that are no TREC runs, as runs.
 
-Rank-DistiLLM's parquet has columns qid, docno, score and rank (or those names' usual variants); ColBERTv2's scores for
+Rank-DistiLLM's parquet has columns qid, docno, score and rank (or those names' usual variants), sentence-transformers'
+lists query_id, doc_ids and labels, or the ids alone, best first, in parquet or on the hub; ColBERTv2's scores for
 distillation are JSON lines [qid, [pid, score], ...], sentence-transformers' hard negatives JSON lines {qid, pos: [{pid,
 ce-score}], neg: {system: [...]}}; Hofstaetter et al.'s scores are lines `score score qid pid pid`, MS MARCO's triples
 `qid pid pid` (scores 1 and 0), a relevant document before another, and its runs `qid pid rank`, which begin with rank
@@ -13,6 +14,7 @@ import json
 import math
 from collections.abc import Iterator
 
+from fastrank.data import catalogue
 from fastrank.data.files import DataError, clean_text, decode
 
 PARQUET = (".parquet", ".pq")
@@ -22,8 +24,19 @@ PARQUET_NAMES = {
     "score": ("score",),
     "rank": ("rank",),
 }
+LIST_LABELS = ("labels", "scores")
 Scored = tuple[int, str, str, float, int | None]  # line, query id, document id, score, rank
 PAIRED = -1  # the rank of a row without one whose document may come again for its query
+
+
+def is_table(path: str) -> bool:
+    """Whether the file is parquet, or a data set of the hub."""
+    return catalogue.is_on_hub(path) or path.lower().endswith(PARQUET)
+
+
+def read_table(path: str) -> Iterator[tuple[int, dict]]:
+    """Rows of what is_table, with their numbers from 1."""
+    return catalogue.read_hub_rows(path) if catalogue.is_on_hub(path) else read_parquet_rows(path)
 
 
 def read_parquet_rows(path: str) -> Iterator[tuple[int, dict]]:
@@ -46,8 +59,11 @@ def read_parquet_rows(path: str) -> Iterator[tuple[int, dict]]:
         raise DataError(f"is not a readable parquet file: {error}", path) from None
 
 
-def from_parquet(path: str) -> Iterator[Scored]:
-    for number, row in read_parquet_rows(path):
+def from_table(path: str) -> Iterator[Scored]:
+    for number, row in read_table(path):
+        if row.get("doc_ids") is not None:
+            yield from _from_list(row, path, number)
+            continue
         found = {}
         for name, columns in PARQUET_NAMES.items():
             found[name] = next((row[column] for column in columns if row.get(column) is not None), None)
@@ -64,6 +80,20 @@ def from_parquet(path: str) -> Iterator[Scored]:
             score_of(found["score"], path, number),
             None if rank is None else int(rank),
         )
+
+
+def _from_list(row: dict, path: str, number: int) -> Iterator[Scored]:
+    """The documents of a row {query_id, doc_ids, labels}; without labels their order is the rank."""
+    query_id = _id(
+        next((row[key] for key in PARQUET_NAMES["query_id"] if row.get(key) is not None), None), path, number
+    )
+    ids = row["doc_ids"]
+    labels = next((row[key] for key in LIST_LABELS if row.get(key) is not None), None)
+    if not isinstance(ids, list) or not (labels is None or (isinstance(labels, list) and len(labels) == len(ids))):
+        raise DataError("expected query_id, doc_ids [...] and perhaps as many labels [...]", path, number)
+    for place, document_id in enumerate(ids):
+        score = float(len(ids) - place) if labels is None else score_of(labels[place], path, number)
+        yield number, query_id, _id(document_id, path, number), score, place + 1 if labels is None else None
 
 
 def from_colbert(raw: bytes, path: str, line: int) -> Iterator[Scored]:

@@ -36,10 +36,10 @@ class DataSource:
     others rank_llm's history of the same queries. Lists that are such a history need none.
     permutation_policy: what becomes of an answer that is not well formed, as in parse_permutation: `repair`, `drop` the
     list, or `tier`: documents that it left out share the last place. The report counts answers by their form.
-    queries, documents: texts by id, as read_queries and read_documents read them, or `ir_datasets:ID`. Default: the id
-    that the runs' file names end in, by Rank-DistiLLM's convention.
-    run: a TREC run with the candidates; several runs (teachers) give one list per run and query; `bm25` ranks all
-    documents for every query.
+    queries, documents: texts by id, as read_queries and read_documents read them. Default: the id of ir_datasets that
+    the runs' file names end in, by Rank-DistiLLM's convention.
+    run: a TREC run with the candidates, or other ids and scores as RankedRun reads them; several runs (teachers) give
+    one list per run and query; `bm25` ranks all documents for every query.
     qrels: relevance judgments.
     depth: keep candidates whose rank in the run is at most this; default: all (for bm25: 100).
     depth_run: a first-stage run whose ranks decide the depth instead, so that one teacher run serves every depth; the
