@@ -224,7 +224,10 @@ def test_bad_query_lines(tmp_path, name, line, sentence):
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [
-        ('{"_id": "2", "title": "T"}', "the document has no text; expected one of text, content, page_content"),
+        (
+            '{"_id": "2", "title": "T"}',
+            "the document has no text; expected one of text, content, page_content, passage",
+        ),
         ('{"_id": "2", "title": 4, "text": "b"}', "'title' of the document must be a string, not int"),
         ('{"_id": "1", "text": "b"}', "the document id '1' comes twice"),
         ("[" * 100_000, "not usable JSON: maximum recursion depth exceeded"),
@@ -255,7 +258,7 @@ def test_documents_that_are_not_wanted_are_checked_all_the_same(tmp_path):
         ('{"query": "q", "documents": [null]}', "document 0 must be a string or an object with a text, not NoneType"),
         (
             '{"query": "q", "documents": ["a", {"id": 1}]}',
-            "the document 1 has no text; expected one of text, content, page_content",
+            "the document 1 has no text; expected one of text, content, page_content, passage",
         ),
         ('{"query": "q", "documents": ["a", {"text": 1}]}', "'text' of the document 1 must be a string, not int"),
         (

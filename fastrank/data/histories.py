@@ -1,8 +1,8 @@
 """rank_llm's histories: the prompts and the LLM's raw responses in, the order that our own parser makes of them out.
 
 A prompt shows a window of a query's list, and every window begins from the order that the answers before it made. So
-the prompts alone tell the list: a window repeats documents that are known, behind which or before which it adds new
-ones. Documents are the same where the letters and digits of one text begin those of the other, as prompts cut long
+the prompts alone tell the list: a window shows neighbours of the order so far, or new documents before its head and
+how it goes on. Documents are the same where the letters and digits of one text begin those of the other, as prompts cut long
 texts and mend their characters.
 """
 

@@ -80,9 +80,9 @@ def read_rows(
     if permutations is None and policy != "repair" and chosen not in _ANSWERED:
         raise DataError(f"the policy {policy!r} needs permutations, the answers that it is about", name)
     histories = None
-    if permutations is not None and chosen in _ANSWERED:
-        raise DataError("permutations do not go with rows that hold answers themselves", name)
     if permutations is not None:
+        if chosen in _ANSWERED:
+            raise DataError("permutations do not go with rows that hold answers themselves", name)
         permutations = expand_path(permutations)
         if chosen is SHAPES["rankgpt"]:
             rows = _with_answers(rows, permutations, policy, counts, name)
