@@ -2,8 +2,8 @@
 
 A prompt shows a window of a query's list, and every window begins from the order that the answers before it made. So
 the prompts alone tell the list: a window shows neighbours of the order so far, or new documents before its head and
-how it goes on. Documents are the same where the letters and digits of one text begin those of the other, as prompts cut long
-texts and mend their characters.
+how it goes on. Documents are the same where the letters and digits of one text begin those of the other, as prompts
+cut long texts and mend their characters.
 """
 
 from __future__ import annotations
