@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+MOST_PROCESSES = 8  # each holds torch and a few models
 
 
 def pytest_addoption(parser):
@@ -34,6 +35,18 @@ class Selection:
 
     def pytest_ignore_collect(self, collection_path):
         return True if collection_path.name.startswith(self._unwanted) else None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """All tests run in a process a processor; a few of them, and whatever is measured, in one."""
+    chosen = config.args_source is not pytest.Config.ArgsSource.TESTPATHS or config.option.keyword
+    if chosen or config.option.benchmark or hasattr(config, "workerinput"):  # the last: it is one of them
+        return
+    if getattr(config.option, "numprocesses", 0) is None:  # 0: without pytest-xdist
+        config.option.numprocesses = min(len(os.sched_getaffinity(0)), MOST_PROCESSES)
+        config.option.dist = "loadfile"  # what a file's tests share is made once
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait take no time from the other processes
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -1,16 +1,11 @@
 """Several runs in one configuration: keys, the checkpoint that is handed on, resuming, and what is wrong."""
 
-import os
-import signal
-import subprocess
-import sys
-import time
-
 import pytest
 import torch
 import yaml
+from nursery import Nursery, steps_logged
 from safetensors.torch import load_file
-from test_train import assert_equal_weights, checkpoint, kill_when, make_config, make_lists, steps_logged  # noqa: F401
+from test_train import assert_equal_weights, checkpoint, make_config, make_lists  # noqa: F401
 
 from fastrank.data import write_lists
 from fastrank.train import TrainConfig, read_stages, train, train_stages
@@ -107,21 +102,6 @@ def test_the_command(configuration, tmp_path, capsys):
     assert "stages must be a list" in capsys.readouterr().err
 
 
-NURSERY = """
-import os, sys, yaml
-from pathlib import Path
-from fastrank.train import read_stages, train_stages
-configs = read_stages(yaml.safe_load(Path(sys.argv[1]).read_text()) | {"resume": True})
-for _ in sys.stdin:  # imports are done once; nothing was computed here, so that a child may start threads
-    child = os.fork()
-    if child == 0:
-        train_stages(configs, quiet=True)
-        os._exit(0)
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
 def test_twenty_kills_of_one_chain(configuration, tmp_path):
     """SIGKILL at 20 moments, in steps, in writing states and in writing checkpoints; two threads, dropout on."""
     configuration |= {"save_steps": 1, "num_threads": 2, "max_steps": 10}
@@ -135,44 +115,18 @@ def test_twenty_kills_of_one_chain(configuration, tmp_path):
     # Eight kills in the first steps of a stage, by turns between steps and while a state is written; two in its last.
     moments = [(step, has(STATE_FILE + ".writing") if step % 2 else lambda folder: True) for step in range(1, 9)]
     moments += [(9, has(".partial")), (9, has(".partial"))]
-    command = [sys.executable, "-c", NURSERY, str(tmp_path / "stages.yaml")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as nursery:
-
-        def begin() -> int:
-            nursery.stdin.write("\n")
-            nursery.stdin.flush()
-            return int(nursery.stdout.readline())
-
+    with Nursery(tmp_path / "stages.yaml") as nursery:
         for folder in (tmp_path / "run" / "1-labels", tmp_path / "run" / "2-teacher"):
             for steps, is_there in moments:
-                child, deadline = begin(), time.monotonic() + 60
-                while not (steps_logged(folder) >= steps - 1 and is_there(folder)):
-                    assert time.monotonic() < deadline, f"step {steps} of {folder.name} does not come"
-                    time.sleep(0.0002)
-                os.kill(child, signal.SIGKILL)
-                assert int(nursery.stdout.readline()) == -signal.SIGKILL, "it had ended"
-        begin()
-        assert nursery.stdout.readline() == "0\n"
-        nursery.stdin.close()
+                nursery.kill_when(
+                    lambda folder=folder, steps=steps, is_there=is_there: (
+                        steps_logged(folder) >= steps - 1 and is_there(folder)
+                    ),
+                    f"step {steps} of {folder.name}",
+                )
+        assert nursery.run() == 0
     assert_equal_weights(folder, whole)
     states = [load_file(one / STATE_FILE) for one in (whole, folder)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-
-
-@pytest.mark.parametrize("moment", [("1-labels", 2), ("2-teacher", 1)])
-def test_a_killed_chain_ends_like_one_that_never_stopped(configuration, tmp_path, moment):
-    path = tmp_path / "stages.yaml"
-    configuration |= {"save_steps": 1, "max_steps": 6}
-    path.write_text(yaml.safe_dump(configuration))
-    whole = train_stages(read_stages(configuration | {"output_dir": str(tmp_path / "whole")}), quiet=True)
-    stage, steps = moment
-    command = [sys.executable, "-m", "fastrank.train", str(path)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    killed = kill_when(process, lambda: steps_logged(tmp_path / "run" / stage) >= steps)
-    assert killed, "the run ended before it could be killed"
-    assert main([str(path), "--resume"]) == 0
-    assert_equal_weights(tmp_path / "run" / "2-teacher", whole)
-    before = load_file(tmp_path / "run" / "2-teacher" / "model.safetensors")
-    assert main([str(path), "--resume"]) == 0, "a chain that is done takes no step"
-    after = load_file(tmp_path / "run" / "2-teacher" / "model.safetensors")
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert main([str(tmp_path / "stages.yaml"), "--resume"]) == 0, "a chain that is done takes no step"
+    assert_equal_weights(folder, whole)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +17,7 @@ import pytest
 import torch
 import yaml
 from hub_models import make_checkpoint
+from nursery import Nursery, steps_logged
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -26,7 +26,7 @@ from fastrank.losses import LOSSES
 from fastrank.train import TrainConfig, train
 from fastrank.train.__main__ import main
 from fastrank.train.config import read_yaml, to_yaml
-from fastrank.train.feed import EvaluationSet, Feed
+from fastrank.train.feed import Ahead, EvaluationSet, Feed
 from fastrank.train.loop import learning_rate_factor
 from fastrank.train.state import STATE_FILE
 from fastrank.train.trainer import MOST_BATCH_TOKENS, Trainer, fitting_tokens
@@ -302,63 +302,67 @@ def test_the_feed_shows_every_list_once_an_epoch_in_a_new_order():
     assert feed.fingerprint != Feed(make_lists(10, seed=1), lists_per_step=4, seed=3).fingerprint
 
 
-RUN = """
-import sys, json
-sys.path.insert(0, {tests!r})
-from test_train import make_config, make_lists
-from fastrank.train import train
-keys = json.loads(sys.argv[3])
-train(make_config(sys.argv[1], sys.argv[2], train_data=make_lists(24), eval_data=make_lists(6, seed=1), eval_steps=4,
-                  num_train_epochs=4, save_steps=2, loss="ranknet", **keys), quiet=True)
-"""
+def test_ahead_makes_one_thing_while_the_one_before_is_worked_on():
+    begun, may_end = [], threading.Event()
+
+    def make(number):
+        begun.append(number)
+        if number == 6:
+            assert may_end.wait(20)
+        if number == 7:
+            raise ValueError("no seventh")
+        return number * 10
+
+    with Ahead(make, range(5, 9)) as ahead:
+        assert next(ahead) == 50
+        threading.Timer(0.05, may_end.set).start()
+        ahead.settle()
+        assert may_end.is_set() and begun == [5, 6], "one ahead, never two"
+        assert next(ahead) == 60
+        ahead.settle()  # raises nothing: that is for the one who takes it
+        with pytest.raises(ValueError, match="no seventh"):
+            next(ahead)
+    with Ahead(make, range(0)) as ahead:
+        assert list(ahead) == []
+    with pytest.raises(KeyError), Ahead(make, range(3)):
+        raise KeyError
+    assert not [one for one in threading.enumerate() if one.name.startswith("fastrank ahead")]
 
 
-def start(checkpoint: Path, folder: Path, **keys) -> subprocess.Popen:
-    code = RUN.format(tests=str(Path(__file__).parent))
-    return subprocess.Popen([sys.executable, "-c", code, str(checkpoint), str(folder), json.dumps(keys)])
-
-
-def steps_logged(folder: Path) -> int:
-    path = folder / "log.jsonl"
-    return len(path.read_text().splitlines()) - 1 if path.exists() else -1
-
-
-def kill_when(process: subprocess.Popen, moment) -> bool:
-    """Kills the process with SIGKILL as soon as `moment()` holds; False where it ended before."""
-    while process.poll() is None:
-        if moment():
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            return True
-        time.sleep(0.0005)
-    return False
+def write_configuration(checkpoint: Path, folder: Path, path: Path) -> Path:
+    """A run with shuffling, dropout, evaluations and states, for a process of its own."""
+    write_lists(path.with_suffix(".train.jsonl"), make_lists(24))
+    write_lists(path.with_suffix(".eval.jsonl"), make_lists(6, seed=1))
+    keys = make_config(
+        checkpoint, folder, train_data=str(path.with_suffix(".train.jsonl")), eval_steps=4, num_train_epochs=4,
+        eval_data=str(path.with_suffix(".eval.jsonl")), save_steps=2, loss="ranknet",
+    )  # fmt: skip
+    path.write_text(to_yaml(keys))
+    return path
 
 
 def test_a_killed_run_ends_like_one_that_never_stopped(checkpoint, tmp_path):
     """Shuffling and dropout on, SIGKILL at six moments of one run, two of them while files are being written."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert start(checkpoint, whole).wait() == 0
+    with Nursery(write_configuration(checkpoint, whole, tmp_path / "whole.yaml")) as nursery:
+        assert nursery.run() == 0
     num_steps = steps_logged(whole)
     assert num_steps == 24
-    moments = [
-        ("before the first state", lambda: steps_logged(killed) >= 1),
-        (
-            "while the best weights are written",
-            lambda: steps_logged(killed) >= 3 and (killed / ".partial" / "model.safetensors").exists(),
-        ),
-        ("in the middle", lambda: steps_logged(killed) >= 7),
-        (
-            "while a state is written",
-            lambda: steps_logged(killed) >= 9 and (killed / (STATE_FILE + ".writing")).exists(),
-        ),
-        ("after an evaluation", lambda: steps_logged(killed) >= 16),
-        ("near the end", lambda: steps_logged(killed) >= 22),
-    ]
-    for name, moment in moments:
-        assert kill_when(start(checkpoint, killed, resume=True), moment), f"the run ended before it was killed {name}"
-        if name == "while a state is written":
-            assert (killed / (STATE_FILE + ".writing")).exists(), "the kill came after the writing"
-    assert start(checkpoint, killed, resume=True).wait() == 0
+    weights_are_written = (killed / ".partial" / "model.safetensors").exists
+    state_is_written = (killed / (STATE_FILE + ".writing")).exists
+    with Nursery(write_configuration(checkpoint, killed, tmp_path / "killed.yaml")) as nursery:
+        for name, steps, is_there in (
+            ("before the first state", 1, lambda: True),
+            ("while the best weights are written", 3, weights_are_written),
+            ("in the middle", 7, lambda: True),
+            ("while a state is written", 9, state_is_written),
+            ("after an evaluation", 16, lambda: True),
+            ("near the end", 22, lambda: True),
+        ):
+            nursery.kill_when(lambda steps=steps, is_there=is_there: steps_logged(killed) >= steps and is_there(), name)
+            if is_there is state_is_written:
+                assert state_is_written(), "the kill came after the writing"
+        assert nursery.run() == 0
     assert_equal_weights(whole, killed)
     states = [load_file(folder / STATE_FILE) for folder in (whole, killed)]
     assert states[0].keys() == states[1].keys()
@@ -429,16 +433,12 @@ def test_training_from_the_demo_s_checkpoint(checkpoint, tmp_path, monkeypatch):
 
 
 def test_two_runs_cannot_share_a_folder(checkpoint, tmp_path):
-    process = start(checkpoint, tmp_path / "run")
-    try:
-        while not (tmp_path / "run" / "log.jsonl").exists():
-            assert process.poll() is None, "the run ended before it began to log"
-            time.sleep(0.01)
+    def train_there():
         with pytest.raises(ValueError, match="in use by another training run"):
             train(make_config(checkpoint, tmp_path / "run", resume=True), quiet=True)
-    finally:
-        process.kill()
-        process.wait()
+
+    with Nursery(write_configuration(checkpoint, tmp_path / "run", tmp_path / "run.yaml")) as nursery:
+        nursery.kill_when((tmp_path / "run" / "log.jsonl").exists, "it logs", meanwhile=train_there)
 
 
 def test_a_broken_state_says_so(checkpoint, tmp_path):
@@ -528,6 +528,8 @@ def test_the_command(checkpoint, tmp_path):
     assert yaml.safe_load(printed.stdout) | {"seed": 42} == yaml.safe_load((tmp_path / "run.yaml").read_text())
     plan = run_command(str(tmp_path / "run.yaml"), "--dry_run", "--output_dir", str(tmp_path / "none"))
     assert plan.returncode == 0 and "9 steps" in plan.stdout and not (tmp_path / "none").exists()
+    wrong = run_command(str(tmp_path / "run.yaml"), "--max_steps", "ten")
+    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "max_steps" in wrong.stderr
 
 
 @pytest.mark.parametrize(
@@ -545,13 +547,13 @@ def test_the_command(checkpoint, tmp_path):
         (["--model", "m", "--train_data", "{folder}/lists.jsonl", "--output_dir", "o", "--loss", "rnknet"], "ranknet"),
     ],
 )  # fmt: skip
-def test_bad_input_is_one_sentence(tmp_path, argv, sentence):
+def test_bad_input_is_one_sentence(tmp_path, monkeypatch, capsys, argv, sentence):
     write_lists(tmp_path / "lists.jsonl", make_lists(2))
     (tmp_path / "bad.jsonl").write_text((tmp_path / "lists.jsonl").read_text().splitlines()[0] + "\n{broken\n")
-    result = run_command(*(word.format(folder=tmp_path) for word in argv), cwd=tmp_path)
-    assert result.returncode == 2
-    assert sentence in result.stderr and "Traceback" not in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
+    monkeypatch.chdir(tmp_path)
+    assert main([word.format(folder=tmp_path) for word in argv]) == 2
+    printed = capsys.readouterr()
+    assert sentence in printed.err and len(printed.err.strip().splitlines()) == 1 and not printed.out
 
 
 def test_what_the_device_decides_may_be_written_down_or_left_out(checkpoint, tmp_path):

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Generic, TypeVar
 
 import numpy as np
 
 from fastrank.data import LoadedData, RankingList, load_data
 from fastrank.evaluate import evaluate, qrels_from_labels, run_from_scores
 
-__all__ = ["EvaluationSet", "Feed"]
+__all__ = ["Ahead", "EvaluationSet", "Feed"]
+
+Made = TypeVar("Made")
 
 
 class Feed:
@@ -74,6 +78,44 @@ class Feed:
     def fingerprint(self) -> str:
         """Changes with any text, label or name of the data."""
         return self._data.fingerprint
+
+
+class Ahead(Generic[Made]):
+    """Yields make(number) for each of the numbers, made in a thread while the one before is worked on.
+
+    To be used in a `with` statement, at whose end nothing runs any more. What make() raises, the iteration raises.
+    """
+
+    def __init__(self, make: Callable[[int], Made], numbers: range):
+        self._make, self._numbers = make, iter(numbers)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="fastrank ahead")
+        self._next: Future[Made] | None = None
+
+    def __enter__(self) -> Ahead[Made]:
+        self._begin()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def _begin(self) -> None:
+        number = next(self._numbers, None)
+        self._next = None if number is None else self._thread.submit(self._make, number)
+
+    def __iter__(self) -> Ahead[Made]:
+        return self
+
+    def __next__(self) -> Made:
+        if self._next is None:
+            raise StopIteration
+        made = self._next.result()
+        self._begin()
+        return made
+
+    def settle(self) -> None:
+        """Waits until nothing is being made, for a caller that needs what make() uses for itself."""
+        if self._next is not None:
+            self._next.exception()
 
 
 class EvaluationSet:

@@ -19,7 +19,7 @@ from fastrank.checkpoint import save_model
 from fastrank.data.files import write_aside
 
 from .config import TrainConfig, read_yaml, to_yaml
-from .feed import EvaluationSet, Feed
+from .feed import Ahead, EvaluationSet, Feed
 from .processes import Processes
 from .report import LOG_FILE, NoReport, Report
 from .selection import FILE as SELECTION_FILE
@@ -104,44 +104,46 @@ def _run(
     trainer.num_lists_without_terms = progress.lists_without_terms
     writes = trainer.processes.is_first
     waiting: list[_Late] = []  # losses that are not read yet
-    while progress.step < num_steps:
-        started = time.perf_counter()
-        lists = feed.step(progress.step)
-        factor = learning_rate_factor(config, progress.step, num_steps)
-        loss = trainer.step(lists, progress.step, rate_factor=factor)
-        progress.step += 1
-        progress.lists_without_terms = trainer.num_lists_without_terms
-        last = progress.step == num_steps
-        record: dict = {"step": progress.step}
-        measures = evaluation and (last or progress.step % eval_steps == 0)
-        logs = last or measures or progress.step % config.logging_steps == 0
-        saves = last or progress.step % save_steps == 0
-        waiting.append(_Late(loss))
-        known = [waiting.pop(0).read() for _ in range(len(waiting) - (0 if logs or saves else 1))]
-        pairs = sum(len(one.documents) for one in lists)
-        progress.add(known, pairs=pairs, seconds=time.perf_counter() - started)
-        if logs:
-            record |= progress.take_means()
-            record["learning_rate"] = config.learning_rate * factor
-            if not math.isfinite(record["loss"]):
-                raise ValueError(
-                    f"The loss is {record['loss']} in the steps up to {progress.step}: lower the learning rate, or "
-                    "look for labels that are not finite."
-                )
-        if known:
-            report.advance(progress.step, known[-1])
-        if measures:
-            record["ndcg_at_10"] = measure = evaluation.ndcg_at_10(trainer.scores(evaluation.lists))
-            if progress.best_measure is None or measure > progress.best_measure:
-                progress.best_measure, progress.best_step = measure, progress.step
-                if writes:
-                    save_model(folder, trainer.model, trainer.tokenizer)
-        if last and not evaluation and writes:
-            save_model(folder, trainer.model, trainer.tokenizer)
-        if len(record) > 1:
-            report.record(record)
-        if writes and saves and math.isfinite(progress.loss_sum):
-            save_state(folder, trainer.model, trainer.optimizer, progress)
+    with Ahead(lambda number: trainer.prepare(feed.step(number)), range(progress.step, num_steps)) as ahead:
+        while progress.step < num_steps:
+            started = time.perf_counter()
+            prepared = next(ahead)
+            factor = learning_rate_factor(config, progress.step, num_steps)
+            loss = trainer.step(prepared, progress.step, rate_factor=factor)
+            progress.step += 1
+            progress.lists_without_terms = trainer.num_lists_without_terms
+            last = progress.step == num_steps
+            record: dict = {"step": progress.step}
+            measures = evaluation and (last or progress.step % eval_steps == 0)
+            logs = last or measures or progress.step % config.logging_steps == 0
+            saves = last or progress.step % save_steps == 0
+            waiting.append(_Late(loss))
+            known = [waiting.pop(0).read() for _ in range(len(waiting) - (0 if logs or saves else 1))]
+            pairs = sum(len(one.documents) for one in prepared.lists)
+            progress.add(known, pairs=pairs, seconds=time.perf_counter() - started)
+            if logs:
+                record |= progress.take_means()
+                record["learning_rate"] = config.learning_rate * factor
+                if not math.isfinite(record["loss"]):
+                    raise ValueError(
+                        f"The loss is {record['loss']} in the steps up to {progress.step}: lower the learning rate, or "
+                        "look for labels that are not finite."
+                    )
+            if known:
+                report.advance(progress.step, known[-1])
+            if measures:
+                ahead.settle()  # there is one tokenizer
+                record["ndcg_at_10"] = measure = evaluation.ndcg_at_10(trainer.scores(evaluation.lists))
+                if progress.best_measure is None or measure > progress.best_measure:
+                    progress.best_measure, progress.best_step = measure, progress.step
+                    if writes:
+                        save_model(folder, trainer.model, trainer.tokenizer)
+            if last and not evaluation and writes:
+                save_model(folder, trainer.model, trainer.tokenizer)
+            if len(record) > 1:
+                report.record(record)
+            if writes and saves and math.isfinite(progress.loss_sum):
+                save_state(folder, trainer.model, trainer.optimizer, progress)
     if trainer.num_lists_without_terms:
         count = trainer.num_lists_without_terms
         report.line(f"lists that gave the loss no term (no positive, or all labels equal): {count}")

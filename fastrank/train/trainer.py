@@ -13,6 +13,7 @@ import itertools
 import resource
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from fastrank.reranker import Reranker, default_dtype, find_device, load_parts
 from .config import TrainConfig
 from .processes import Processes
 
-__all__ = ["Trainer"]
+__all__ = ["Prepared", "Trainer"]
 
 DEFAULT_MAX_BATCH_TOKENS = 8192  # on a CPU
 MOST_BATCH_TOKENS = 131072  # on a GPU, which more do not make faster
@@ -43,6 +44,24 @@ def fitting_tokens(memory: int, settings: Settings, size: int, *, recomputes: bo
     numbers = settings.num_layers + 30 if recomputes else 18 * settings.num_layers + 12
     tokens = memory // (numbers * settings.hidden_size * size)
     return max(1024, min(MOST_BATCH_TOKENS, tokens // 1024 * 1024))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A step's lists with what can be made of them whatever the weights are.
+
+    Attributes:
+        lists, labels: Of the whole step.
+        encoded: The pairs of this process's share of the lists.
+        num_terms: Of the whole step's loss, at least 1; None for a user's own loss.
+        num_without_terms: Lists that give the loss none.
+    """
+
+    lists: Sequence[RankingList]
+    labels: list[Tensor]
+    encoded: list[list[Pair]]
+    num_terms: int | None
+    num_without_terms: int
 
 
 class Trainer:
@@ -118,36 +137,45 @@ class Trainer:
             fused=True,
         )
 
-    def step(self, lists: Sequence[RankingList], number: int, *, rate_factor: float = 1.0) -> Tensor:
+    def prepare(self, lists: Sequence[RankingList]) -> Prepared:
+        """Everything about a step but the step; may run in another thread than step().
+
+        Raises:
+            ValueError: Labels that the loss refuses.
+        """
+        # Our losses tell labels apart that are one number in float32; a user's gets what it computes in.
+        known = isinstance(self.loss, Loss)
+        labels = [torch.tensor(one.labels, dtype=torch.float64 if known else torch.float32) for one in lists]
+        num_terms, without = None, 0
+        if known:
+            terms = count_terms(self.loss.name, torch.cat(labels), _offsets(labels), **self.loss_options)
+            num_terms, without = max(1, int(terms.sum())), int((terms == 0).sum())
+        return Prepared(lists, labels, self.tokenize(self.processes.share(lists)), num_terms, without)
+
+    def step(self, lists: Sequence[RankingList] | Prepared, number: int, *, rate_factor: float = 1.0) -> Tensor:
         """One optimizer step over labelled lists; returns its loss, one number on the device. Nothing waits for a
         GPU, but a user's own loss in several processes.
 
         Args:
-            lists: The step's lists, of any length each.
+            lists: The step's lists, of any length each, or what prepare() made of them.
             number: Index of the step in the run: with the seed it decides dropout's masks.
             rate_factor: Share of the peak learning rates.
 
         Raises:
             ValueError: A score that is NaN, naming its pair (checked on a CPU only), or what the loss refuses.
         """
+        made = lists if isinstance(lists, Prepared) else self.prepare(lists)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * rate_factor
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        # Our losses tell labels apart that are one number in float32; a user's gets what it computes in.
-        known = isinstance(self.loss, Loss)
-        labels = [torch.tensor(one.labels, dtype=torch.float64 if known else torch.float32) for one in lists]
-        num_terms = None
-        if known:
-            terms = count_terms(self.loss.name, torch.cat(labels), _offsets(labels), **self.loss_options)
-            self.num_lists_without_terms += int((terms == 0).sum())
-            num_terms = max(1, int(terms.sum()))
-        own, own_labels = self.processes.share(lists), self.processes.share(labels)
-        encoded = self.tokenize(own)
-        if known or self.processes.count == 1:
-            loss = self.processes.sum(self._backward(own, encoded, own_labels, num_terms, number))
+        self.num_lists_without_terms += made.num_without_terms
+        own = self.processes.share(made.lists)
+        if made.num_terms is not None or self.processes.count == 1:
+            own_labels = self.processes.share(made.labels)
+            loss = self.processes.sum(self._backward(own, made.encoded, own_labels, made.num_terms, number))
         else:
-            loss = self._backward_of_whole_step(own, encoded, labels, number)
+            loss = self._backward_of_whole_step(own, made.encoded, made.labels, number)
         self.processes.sum_gradients(self.model.parameters())
         if self.config.max_grad_norm > 0:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
