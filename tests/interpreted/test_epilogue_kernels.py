@@ -177,7 +177,7 @@ def scores_and_gradients(model: CrossEncoder, batch, dtype: torch.dtype, name: s
 def test_a_whole_model(dtype, activation):
     """Scores and the gradient of every weight, against float64: no further off than the reference in this dtype."""
     model = make_model(activation=activation)
-    batch = make_batch(*((5, 40), (130, 1, 33)) if dtype == torch.half and activation == "gelu" else ((5, 17), (1, 20)))
+    batch = make_batch((5, 17), (1, 40) if dtype == torch.half and activation == "gelu" else (1, 20))
     exact = scores_and_gradients(model, batch, torch.float64, "reference")
     rounded = scores_and_gradients(model, batch, dtype, "reference")
     actual = scores_and_gradients(model, batch, dtype, "gpu")
@@ -195,7 +195,7 @@ def test_layers_in_few_steps_train_as_modules_do(frozen_layers, recomputes, monk
     for module in (model.encoder.embeddings, *model.encoder.layers[:frozen_layers]) if frozen_layers else ():
         module.requires_grad_(False)
     model.encoder.recomputes = recomputes
-    batch = make_batch((5, 40), (70, 1, 33))
+    batch = make_batch((5, 17), (1, 20))
     monkeypatch.setenv("FASTRANK_BACKEND", "gpu")
     used = []
     for name in ("train", "infer"):
@@ -225,8 +225,8 @@ def test_layers_in_few_steps_train_as_modules_do(frozen_layers, recomputes, monk
 
 
 def test_layers_in_few_steps_score_as_modules_do(monkeypatch):
-    model = make_model(layers=3).eval().requires_grad_(False).to_precision("fp16", hidden_states="fp16")
-    batch = make_batch((5, 40), (70, 1, 33))
+    model = make_model(layers=2).eval().requires_grad_(False).to_precision("fp16", hidden_states="fp16")
+    batch = make_batch((5, 17), (1,))
     monkeypatch.setenv("FASTRANK_BACKEND", "gpu")
     with torch.inference_mode(), poisoned_memory():
         found = model.score(batch)
