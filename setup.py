@@ -6,25 +6,30 @@ from pathlib import Path
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
-# FASTRANK_ISA, floats in a vector, compiler flags. `plain` is whatever the target's baseline offers; its vectors are
-# sixteen wide, four registers each, so that loops made for AVX-512 are tested on every machine. The order is that of
-# linking and must stay baseline first: where objects carry the same inline function of the standard library, the
-# linker keeps the first one, which every processor can run.
-INSTRUCTION_SETS = [("plain", 16, [])]
-if X86:
-    INSTRUCTION_SETS += [
-        ("avx2", 8, ["-mavx2", "-mfma"]),
-        (
-            "avx512",
-            16,
-            [f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni")] + ["-mfma", "-mprefer-vector-width=512"],
-        ),
-    ]
 # What is no arithmetic is compiled once, for every processor.
 COMPILED_ONCE = ["csrc/bindings.cpp", "csrc/wordpiece.cpp"]
 KERNELS = sorted(path for path in map(str, Path("csrc").glob("*.cpp")) if path not in COMPILED_ONCE)
+# FASTRANK_ISA, floats in a vector, compiler flags, files. `plain` is whatever the target's baseline offers; its vectors
+# are sixteen wide, four registers each, so that loops made for AVX-512 are tested on every machine. The order is that
+# of linking and must stay baseline first: where objects carry the same inline function of the standard library, the
+# linker keeps the first one, which every processor can run.
+INSTRUCTION_SETS = [("plain", 16, [], KERNELS)]
+AVX512 = [
+    *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni")),
+    "-mfma",
+    "-mprefer-vector-width=512",
+]
+if X86:
+    INSTRUCTION_SETS += [("avx2", 8, ["-mavx2", "-mfma"], KERNELS), ("avx512", 16, AVX512, KERNELS)]
+# Takes linear.cpp's place in avx512 where the processor has this, too: not every one with AVX-512 has.
+AVX512_BF16 = ("avx512_bf16", 16, [*AVX512, "-mavx512bf16"], ["csrc/linear.cpp"])
+# What the compiler, and the assembler behind it, must know for that.
+PROBE = """#include <immintrin.h>
+__m512 probe(__m512 x, __m512bh y) { return __builtin_cpu_supports("avx512bf16") ? _mm512_dpbf16_ps(x, y, y) : x; }
+"""
 HEADERS = sorted(str(path) for path in Path("csrc").glob("*.hpp"))
 # -fno-math-errno lets sqrt vectorise; -Wno-psabi: vector arguments never cross a compiled boundary. NaN and infinity
 # keep their meaning, hence no -ffast-math.
@@ -37,9 +42,13 @@ ParallelCompile(default=0).install()  # as many files at once as there are proce
 class BuildKernels(build_ext):
     def build_extension(self, extension):
         platform_macros = [("FASTRANK_X86", "1")] if X86 else []
-        for name, lanes, flags in INSTRUCTION_SETS:
+        instruction_sets = list(INSTRUCTION_SETS)
+        if X86 and self.compiles(PROBE, AVX512_BF16[2]):
+            instruction_sets.append(AVX512_BF16)
+            extension.define_macros += [("FASTRANK_AVX512_BF16", "1")]
+        for name, lanes, flags, files in instruction_sets:
             extension.extra_objects += self.compiler.compile(
-                KERNELS,
+                files,
                 output_dir=f"{self.build_temp}/{name}",
                 macros=[("FASTRANK_ISA", name), ("FASTRANK_LANES", str(lanes)), *platform_macros],
                 extra_postargs=[*FLAGS, "-fPIC", *flags],
@@ -47,6 +56,16 @@ class BuildKernels(build_ext):
             )
         extension.define_macros += platform_macros
         super().build_extension(extension)
+
+    def compiles(self, source, flags):
+        path = Path(self.build_temp, "probe.cpp")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source)
+        try:
+            self.compiler.compile([str(path)], output_dir=self.build_temp, extra_postargs=flags)
+        except CompileError:
+            return False
+        return True
 
 
 setup(

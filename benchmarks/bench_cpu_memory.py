@@ -19,6 +19,7 @@ import fastrank
 
 NAMES = [
     "fastrank float32",
+    "fastrank bf16",
     "fastrank int8",
     "transformers float32",
     "ONNX Runtime float32",

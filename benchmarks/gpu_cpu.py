@@ -1,4 +1,4 @@
-"""The processor of the same machine, on two of its cores: fastrank in float32 and int8 beside ONNX Runtime."""
+"""The processor of the same machine, on two of its cores: fastrank in float32, bf16 and int8 beside ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def compare(shape: str, data: Path | None, dry_run: bool) -> Iterator[str]:
     rates = product_rates(settings.hidden_size, settings.intermediate_size)
     notes = [f"instruction set {_cpu.isa()}"]
     made = []
-    for dtype in ("float32", "int8"):
+    for dtype in ("float32", "bf16", "int8"):
         reranker = Reranker(folder, device="cpu", dtype=dtype, max_length=MAX_LENGTH)
         notes.append(forward_share(reranker, lists, dtype, rates))
         run = functools.partial(scores_of, reranker, lists)

@@ -26,13 +26,28 @@ namespace {
 template <class T>
 using Array = py::array_t<T, py::array::c_style>;
 
+#ifdef FASTRANK_X86
+const fastrank::Kernels* avx512_kernels() {
+#ifdef FASTRANK_AVX512_BF16
+  static const fastrank::Kernels with_bf16 = [] {
+    fastrank::Kernels table = fastrank::avx512::kernels;
+    table.linear_forward = fastrank::avx512_bf16::linear_forward;
+    table.multiplies_bf16 = true;
+    return table;
+  }();
+  if (__builtin_cpu_supports("avx512bf16")) return &with_bf16;
+#endif
+  return &fastrank::avx512::kernels;
+}
+#endif
+
 std::vector<const fastrank::Kernels*> supported() {  // the fastest first
   std::vector<const fastrank::Kernels*> tables;
 #ifdef FASTRANK_X86
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
-    tables.push_back(&fastrank::avx512::kernels);
+    tables.push_back(avx512_kernels());
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) tables.push_back(&fastrank::avx2::kernels);
 #endif
   tables.push_back(&fastrank::plain::kernels);
@@ -92,19 +107,28 @@ Value choice(const char* option, const std::string& name, std::initializer_list<
   throw std::invalid_argument(std::string(option) + " must be one of " + names + ", not " + name);
 }
 
-// The weights of a product as fastrank.kernels.linear.cpu packs them: panels, scales, sums, bias, columns, depth.
-using PackedWeights = std::tuple<py::array, MaybeFloats, MaybeFloats, Array<float>, int64_t, int64_t>;
+fastrank::Precision precision_named(const std::string& name) {
+  using fastrank::Precision;
+  return choice<Precision>("precision", name,
+                           {{"float32", Precision::FLOAT32}, {"bf16", Precision::BF16}, {"int8", Precision::INT8}});
+}
+
+// The weights of a product as fastrank.kernels.linear.cpu packs them: precision, panels, scales, sums, bias, columns, depth.
+using PackedWeights = std::tuple<std::string, py::array, MaybeFloats, MaybeFloats, Array<float>, int64_t, int64_t>;
 
 fastrank::LinearWeights linear_weights(const PackedWeights& packed, const fastrank::Kernels& table) {
-  const auto& [panels, scales, sums, bias, columns, depth] = packed;
-  const auto layout = table.linear_layout(scales.has_value());
+  const auto& [name, panels, scales, sums, bias, columns, depth] = packed;
+  const auto precision = precision_named(name);
+  const bool int8 = precision == fastrank::Precision::INT8;
+  const int64_t item_size = int8 ? 1 : precision == fastrank::Precision::BF16 ? 2 : 4;
+  const auto layout = table.linear_layout(precision);
   const auto count = [](int64_t n, int64_t step) { return (n + step - 1) / step; };
   const int64_t filled = count(columns, layout.panel_columns) * layout.panel_columns, blocks = count(depth, layout.block);
-  if (!(panels.flags() & py::array::c_style) || panels.itemsize() != (scales ? 1 : int64_t(sizeof(float))) ||
-      panels.size() != filled * blocks * layout.block || bias.size() != filled || sums.has_value() != scales.has_value() ||
-      (scales && (scales->size() != filled * blocks || sums->size() != filled * blocks)))
+  if (!(panels.flags() & py::array::c_style) || panels.itemsize() != item_size ||
+      panels.size() != filled * blocks * layout.block || bias.size() != filled || scales.has_value() != int8 ||
+      sums.has_value() != int8 || (int8 && (scales->size() != filled * blocks || sums->size() != filled * blocks)))
     throw std::invalid_argument("weights that are not packed for the instruction set " + std::string(table.isa));
-  return {panels.data(), read(scales), read(sums), bias.data(), columns, depth};
+  return {precision, panels.data(), read(scales), read(sums), bias.data(), columns, depth};
 }
 
 void define_listwise(py::module_& m, const char* name, fastrank::ListwiseKernel* fastrank::Kernels::*member) {
@@ -204,6 +228,8 @@ void define_wordpiece(py::module_& m) {
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "C++ kernels of fastrank; use them through fastrank.ops.";
   m.def("isa", [] { return std::string(kernels().isa); }, "The instruction set in use: plain, avx2 or avx512.");
+  m.def("multiplies_bf16", [] { return kernels().multiplies_bf16; },
+        "Whether the instruction set in use has an instruction for products of bf16.");
   m.def(
       "supported_isas",
       [] {
@@ -307,11 +333,11 @@ PYBIND11_MODULE(_cpu, m) {
 
   m.def(
       "linear_layout",
-      [](bool int8) {
-        const auto layout = kernels().linear_layout(int8);
+      [](const std::string& precision) {
+        const auto layout = kernels().linear_layout(precision_named(precision));
         return std::make_tuple(layout.panel_columns, layout.group, layout.block);
       },
-      "How weights are packed: columns of a panel, and neighbours along the depth in a group and in a block.", py::arg("int8"));
+      "How weights are packed: columns of a panel, and neighbours along the depth in a group and in a block.", py::arg("precision"));
   m.def(
       "linear_forward",
       [](const Array<float>& x, const PackedWeights& first, const std::string& activation,

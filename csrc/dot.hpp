@@ -1,5 +1,5 @@
-// Bytes: products of them summed into 32 bits, and 32-bit integers cut to them. The one place with intrinsics, since compilers do not
-// find these instructions. Every instruction set gives the same integers.
+// Products of small numbers summed into 32 bits: bytes, and bf16. The one place with intrinsics, since compilers do not find these
+// instructions. Every instruction set gives the same integers, and but for denormal numbers the same sums of bf16.
 #pragma once
 
 #include <cstdint>
@@ -49,5 +49,49 @@ inline __attribute__((always_inline)) void store_bytes(uint8_t* out, const vint 
   for (int i = 0; i < 32; ++i) out[i] = uint8_t(values[i / LANES][i % LANES]);
 #endif
 }
+
+// Terms of a sum of bf16 products, a pair of neighbours along the depth at a time. Within its range float32 holds such a product
+// exactly, and the second one is added first everywhere, as AVX-512's instruction does: so all round alike, fused or not. The
+// instruction alone takes denormal numbers for 0 and gives none, and rounds to the nearest, whatever MXCSR says.
+struct BfloatTerms {
+  static constexpr int64_t GROUP = 2;
+  using Right = uint16_t;
+
+  // x rounded to bf16, to even where two are as near: the upper half of these bits, the lower one is 0. NaN stays NaN.
+  static uint32_t rounded_bits(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    const uint32_t nearest = bits + 0x7fff + (bits >> 16 & 1);
+    return ((bits & 0x7fffffff) > 0x7f800000 ? bits | 0x400000 : nearest) & 0xffff0000;
+  }
+
+#if defined(__AVX512BF16__)
+  static constexpr int STEPS = 1;
+  using Left = uint16_t;
+
+  static Left left(float x) { return Left(rounded_bits(x) >> 16); }
+  static vint weights(const Right* right, int) { return load_ints(right); }
+  static vfloat add(vfloat sum, const Left* left, vint weights, int) {
+    int32_t pair;
+    std::memcpy(&pair, left, sizeof pair);
+    return (vfloat)_mm512_dpbf16_ps((__m512)sum, (__m512bh)weights, (__m512bh)_mm512_set1_epi32(pair));
+  }
+#else
+  static constexpr int STEPS = 2;
+  using Left = float;  // rounded once; weights are widened once for all rows of a tile
+
+  static Left left(float x) {
+    const uint32_t bits = rounded_bits(x);
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+  }
+  static vfloat weights(const Right* right, int step) {
+    const vint pairs = load_ints(right);
+    return as_float(step == 0 ? pairs & -0x10000 : pairs << 16);
+  }
+  // rounded() ends a step before the next begins, or gcc needs more registers than there are.
+  static vfloat add(vfloat sum, const Left* left, vfloat weights, int step) { return rounded(sum + left[1 - step] * weights); }
+#endif
+};
 
 }  // namespace fastrank::FASTRANK_ISA

@@ -12,13 +12,14 @@ namespace fastrank {
 
 struct Kernels {
   const char* isa;
+  bool multiplies_bf16;  // by an instruction of its own
   void (*attention_forward)(const AttentionForward&);
   void (*attention_backward)(const AttentionBackward&);
   void (*gelu_forward)(const GeluForward&);
   void (*gelu_backward)(const GeluBackward&);
   void (*layer_norm_forward)(const LayerNormForward&);
   void (*layer_norm_backward)(const LayerNormBackward&);
-  LinearLayout (*linear_layout)(bool int8);
+  LinearLayout (*linear_layout)(Precision precision);
   void (*linear_forward)(const LinearForward&);
   ListwiseKernel *ranknet, *weighted_ranknet, *teacher_order, *lambda_loss, *margin_mse, *hinge, *lce, *contrastive_imitation,
       *listnet, *kl, *listmle, *p_listmle, *adr_mse, *approx_ndcg, *approx_mrr, *bce, *mse, *pearson;
@@ -28,6 +29,8 @@ namespace plain { extern const Kernels kernels; }
 #ifdef FASTRANK_X86
 namespace avx2 { extern const Kernels kernels; }
 namespace avx512 { extern const Kernels kernels; }
+// Where the compiler knows AVX512_BF16: linear.cpp compiled with it. Everything else is avx512's.
+namespace avx512_bf16 { void linear_forward(const LinearForward& arguments); }
 #endif
 
 }  // namespace fastrank

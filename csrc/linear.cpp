@@ -16,7 +16,7 @@ namespace {
 
 constexpr int64_t BLOCK_ROWS = 48;  // at most; a multiple of TALL
 constexpr int64_t PANEL = WIDTH * LANES;
-constexpr int64_t FLOAT_BLOCK = 192;  // of the depth: sums of sums round less than one long sum
+constexpr int64_t SUM_BLOCK = 192;  // of the depth, in whole groups: sums of sums round less than one long sum
 constexpr float LEAST_STEP = 1e-30f;  // values that lie closer together than 255 of these count as equal
 
 int64_t divide_up(int64_t n, int64_t step) { return (n + step - 1) / step; }
@@ -44,35 +44,77 @@ struct Operands {
   }
 };
 
-// A product's left side, and the sums of a tile. Float32: x as it is.
-struct FloatProduct {
-  static constexpr bool IS_INT8 = false;
+// A product's left side, and the sums of a tile: of products in float32, a group of neighbours along the depth at a time.
+template <class Terms>
+struct SumOfProducts {
+  using Left = typename Terms::Left;
 
-  const float* values;
-  int64_t stride;
-
-  FloatProduct(const float* x, int64_t, const LinearWeights& weights, Scratch&) : values(x), stride(weights.depth) {}
-  static int64_t scratch_floats(int64_t, const LinearWeights&) { return 0; }
+  const Left* values;
+  int64_t stride;  // the depth filled up to whole groups
 
   template <int ROWS>
   FASTRANK_INLINE void add_products(vfloat (&sums)[ROWS][WIDTH], int64_t row, int64_t count, const LinearWeights& weights,
                                     int64_t column) const {
-    Operands<float, float, ROWS> of(values, stride, row, count, weights, column, weights.depth);
-    for (int64_t begin = 0; begin < weights.depth; begin += FLOAT_BLOCK) {
+    Operands<Left, typename Terms::Right, ROWS> of(values, stride, row, count, weights, column, stride);
+    for (int64_t begin = 0; begin < stride; begin += SUM_BLOCK) {
       vfloat partial[ROWS][WIDTH] = {};
-      for (int64_t k = begin; k < std::min(begin + FLOAT_BLOCK, weights.depth); ++k, of.right += PANEL)
-        for (int r = 0; r < ROWS; ++r)
-          for (int v = 0; v < WIDTH; ++v) partial[r][v] += of.left[r][k] * load(of.right + v * LANES);
+      for (int64_t k = begin; k < std::min(begin + SUM_BLOCK, stride); k += Terms::GROUP, of.right += PANEL * Terms::GROUP)
+        for (int step = 0; step < Terms::STEPS; ++step) {
+          decltype(Terms::weights(of.right, step)) columns[WIDTH];
+          for (int v = 0; v < WIDTH; ++v) columns[v] = Terms::weights(of.right + v * LANES * Terms::GROUP, step);
+          for (int r = 0; r < ROWS; ++r)
+            for (int v = 0; v < WIDTH; ++v) partial[r][v] = Terms::add(partial[r][v], of.left[r] + k, columns[v], step);
+        }
       for (int r = 0; r < ROWS; ++r)
         for (int v = 0; v < WIDTH; ++v) sums[r][v] += partial[r][v];
     }
   }
 };
 
+struct FloatTerms {
+  static constexpr int64_t GROUP = 1;
+  static constexpr int STEPS = 1;
+  using Left = float;
+  using Right = float;
+
+  static vfloat weights(const Right* right, int) { return load(right); }
+  static vfloat add(vfloat sum, const Left* left, vfloat weights, int) { return sum + *left * weights; }
+};
+
+// Float32: x as it is.
+struct FloatProduct : SumOfProducts<FloatTerms> {
+  static constexpr Precision PRECISION = Precision::FLOAT32;
+
+  FloatProduct(const float* x, int64_t, const LinearWeights& weights, Scratch&) : SumOfProducts{x, weights.depth} {}
+  static int64_t scratch_floats(int64_t, const LinearWeights&) { return 0; }
+};
+
+// bf16: x rounded, and 0 where the depth is odd.
+struct BfloatProduct : SumOfProducts<BfloatTerms> {
+  static constexpr Precision PRECISION = Precision::BF16;
+
+  BfloatProduct(const float* x, int64_t rows, const LinearWeights& weights, Scratch& scratch)
+      : SumOfProducts{nullptr, filled_depth(weights)} {
+    Left* rounded = reinterpret_cast<Left*>(scratch.take(floats(rows, weights)));
+    values = rounded;
+    for (int64_t row = 0; row < rows; ++row, x += weights.depth, rounded += stride) {
+      for (int64_t k = 0; k < weights.depth; ++k) rounded[k] = BfloatTerms::left(x[k]);
+      std::fill(rounded + weights.depth, rounded + stride, Left(0));
+    }
+  }
+  static int64_t scratch_floats(int64_t rows, const LinearWeights& weights) { return floats(rows, weights) + 16; }
+
+ private:
+  static int64_t filled_depth(const LinearWeights& weights) { return round_up(weights.depth, BfloatTerms::GROUP); }
+  static int64_t floats(int64_t rows, const LinearWeights& weights) {
+    return divide_up(rows * filled_depth(weights) * sizeof(Left), sizeof(float));
+  }
+};
+
 // Int8: each block of a row of x is 256 levels from its least value (low) to its largest, level = round((x - low) / scale). The
 // product of levels and weights is exact; what `low` adds is low times the sum of the block's weights.
 struct IntegerProduct {
-  static constexpr bool IS_INT8 = true;
+  static constexpr Precision PRECISION = Precision::INT8;
   static constexpr int64_t GROUP = 4;
 
   struct Levels {
@@ -189,12 +231,15 @@ void apply(float* x, int64_t count, const Function& function) {
   for (int64_t i = 0; i < count; i += LANES) store_lanes(x + i, function(load_lanes(x + i, count - i)), count - i);
 }
 
-void activate(Activation activation, bool int8, float* x, int64_t count) {
+void activate(Activation activation, Precision precision, float* x, int64_t count) {
   switch (activation) {
     case Activation::NONE: return;
     case Activation::GELU:
-      if (int8) return apply(x, count, [](vfloat x) { return gelu_polynomial(x); });
-      return apply(x, count, [](vfloat x) { return gelu_erf_value(x); });
+      switch (precision) {
+        case Precision::FLOAT32: return apply(x, count, [](vfloat x) { return gelu_erf_value(x); });
+        case Precision::BF16: return apply(x, count, [](vfloat x) { return gelu_for_bf16(x); });
+        case Precision::INT8: return apply(x, count, [](vfloat x) { return gelu_for_int8(x); });
+      }
     case Activation::GELU_TANH: return apply(x, count, [](vfloat x) { return gelu_tanh(x).value; });
     case Activation::RELU: return apply(x, count, [](vfloat x) { return select(x < splat(0.f), splat(0.f), x); });
   }
@@ -214,11 +259,11 @@ void forward(const LinearForward& a) {
     if (a.second == nullptr) {
       multiply<Product>(a.x + begin * a.first.depth, rows, a.first, out, scratch);
       for (int64_t group = 0; group < a.groups; ++group)
-        activate(a.activation, Product::IS_INT8, out.data + group * out.group_stride, rows * group_columns);
+        activate(a.activation, Product::PRECISION, out.data + group * out.group_stride, rows * group_columns);
     } else {
       float* const inner = scratch.take(rows * a.first.columns);
       multiply<Product>(a.x + begin * a.first.depth, rows, a.first, {inner, a.first.columns, 0}, scratch);
-      activate(a.activation, Product::IS_INT8, inner, rows * a.first.columns);
+      activate(a.activation, Product::PRECISION, inner, rows * a.first.columns);
       multiply<Product>(inner, rows, *a.second, out, scratch);
     }
     if (a.norm_weight == nullptr) return;
@@ -230,12 +275,21 @@ void forward(const LinearForward& a) {
 
 }  // namespace
 
-LinearLayout linear_layout(bool int8) {
-  return {PANEL, int8 ? IntegerProduct::GROUP : 1, int8 ? INT8_BLOCK : 1};
+LinearLayout linear_layout(Precision precision) {
+  switch (precision) {
+    case Precision::FLOAT32: return {PANEL, FloatTerms::GROUP, FloatTerms::GROUP};
+    case Precision::BF16: return {PANEL, BfloatTerms::GROUP, BfloatTerms::GROUP};
+    case Precision::INT8: return {PANEL, IntegerProduct::GROUP, INT8_BLOCK};
+  }
+  return {};
 }
 
 void linear_forward(const LinearForward& arguments) {
-  arguments.first.scales == nullptr ? forward<FloatProduct>(arguments) : forward<IntegerProduct>(arguments);
+  switch (arguments.first.precision) {
+    case Precision::FLOAT32: return forward<FloatProduct>(arguments);
+    case Precision::BF16: return forward<BfloatProduct>(arguments);
+    case Precision::INT8: return forward<IntegerProduct>(arguments);
+  }
 }
 
 }  // namespace fastrank::FASTRANK_ISA

@@ -183,13 +183,15 @@ def table() -> list[dict]:
 
 
 def machine() -> dict:
-    """The machine as the kernels see it: instruction_set (None without the extension), instruction_sets, num_threads,
-    torch."""
-    facts = {"instruction_set": None, "instruction_sets": [], "num_threads": torch.get_num_threads()}
+    """The machine as the kernels see it: instruction_set (None without the extension), instruction_sets,
+    multiplies_bf16 (whether the set in use has an instruction for it), num_threads, torch."""
+    facts = {"instruction_set": None, "instruction_sets": [], "multiplies_bf16": False}
+    facts["num_threads"] = torch.get_num_threads()
     if importlib.util.find_spec("fastrank._cpu") is not None:
         from fastrank import _cpu
 
         facts |= {"instruction_set": _cpu.isa(), "instruction_sets": _cpu.supported_isas()}
+        facts["multiplies_bf16"] = _cpu.multiplies_bf16()
     return facts | {"torch": torch.__version__}
 
 
@@ -212,7 +214,8 @@ def backends_command(argv: list[str]) -> int:
         return 0
     offered = f" (this processor offers {', '.join(facts['instruction_sets'])})" if facts["instruction_sets"] else ""
     instruction_set = facts["instruction_set"] or "none"
-    print(f"instruction set {instruction_set}{offered}, {facts['num_threads']} threads, torch {facts['torch']}")
+    bf16 = "a bf16 instruction" if facts["multiplies_bf16"] else "no bf16 instruction"
+    print(f"instruction set {instruction_set}{offered}, {bf16}, {facts['num_threads']} threads, torch {facts['torch']}")
     rows = [("operation", "backend", "runs", "")]
     for row in table():
         note = ", ".join(row["dtypes"]) if row["runs"] else " ".join(row["refusals"])

@@ -64,9 +64,10 @@ class Reranker:
         model: a local folder, a name on the Hugging Face hub, or "demo" for the checkpoint that the demo trained.
         device: "cpu", "cuda", "cuda:1" ...; default: a GPU where torch finds one.
         dtype: "float32", "bf16", "fp16" (on a GPU) or "int8" (on a CPU): what matrix products are computed in, and on a
-            GPU what lies between them; sums, weights and the head are float32. "auto" is float32 on a CPU and bf16 on a
-            GPU. For int8 weights are quantised here, activations as they come, both with a scale for 64 neighbours,
-            without calibration.
+            GPU what lies between them; sums and the head are float32. "auto" is float32 on a CPU and bf16 on a
+            GPU. On a CPU bf16 is faster where the processor has an instruction for it (`python -m fastrank backends`),
+            and elsewhere saves memory. For int8 weights are quantised here, activations as they come, both with a scale
+            for 64 neighbours, without calibration.
         max_length: tokens of a pair, special tokens included; default: what tokenizer and model allow.
         max_query_tokens, max_document_tokens: cut each side first; default: no such cut.
         max_batch_tokens: tokens of one forward pass; more need more memory.
@@ -124,7 +125,7 @@ class Reranker:
             prefer_int8=precision == "int8",
         )
         loaded.requires_grad_(False)
-        if place.type == "cpu" and precision in ("float32", "int8"):
+        if place.type == "cpu":
             if not loaded.is_frozen:
                 loaded.freeze(precision, keep_weights=False)
         else:

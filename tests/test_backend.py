@@ -233,6 +233,7 @@ def test_a_broken_extension_is_an_error(without_extension, tmp_path):
 def test_the_command_prints_every_operation_and_backend(capsys):
     assert backend.backends_command([]) == 0
     text = capsys.readouterr().out
+    assert ("no bf16 instruction" in text) == (not _cpu.multiplies_bf16())
     assert f"instruction set {_cpu.isa()}" in text and f"torch {torch.__version__}" in text
     for op in ("attention", "layer_norm", "listwise"):
         rows = [line.split() for line in text.splitlines() if line.startswith(op)]
@@ -244,6 +245,7 @@ def test_the_command_prints_every_operation_and_backend(capsys):
     assert backend.backends_command(["--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["machine"]["instruction_set"] == _cpu.isa()
+    assert report["machine"]["multiplies_bf16"] == _cpu.multiplies_bf16()
     assert {"op": "attention", "backend": "cpu", "runs": True, "dtypes": ["float32"], "refusals": []} in report[
         "backends"
     ]

@@ -1,5 +1,5 @@
-"""Products with what follows them, against their reference: every instruction set, float32 and int8, sizes around
-tiles, panels and blocks."""
+"""Products with what follows them, against their reference: every instruction set and precision, sizes around tiles,
+panels and blocks."""
 
 import os
 import subprocess
@@ -9,12 +9,13 @@ import pytest
 import torch
 from accuracy import before_a_wall, hold_to_the_rule, poisoned_memory, skip_unless_runs
 from torch import Tensor
+from torch.nn import functional
 
 from fastrank import ops
 from fastrank.kernels.linear import reference
 from fastrank.kernels.linear.weights import BLOCK, LinearWeights, freeze
 
-PRECISIONS = ["float32", "int8"]
+PRECISIONS = ["float32", "bf16", "int8"]
 ACTIVATIONS = ["none", "gelu", "gelu_tanh", "relu"]
 
 
@@ -92,10 +93,11 @@ def test_groups_are_the_same_numbers_elsewhere(backend, rows, groups, each, prec
     assert apart.stride(2) == 1 and apart.transpose(0, 1).is_contiguous()
 
 
-def test_the_gelu_of_int8_is_off_by_a_fiftieth_of_a_step():
+@pytest.mark.parametrize(("precision", "error"), [("bf16", 1.2e-5), ("int8", 1.9e-4)])
+def test_polynomials_are_gelu_but_for_a_little(precision, error):
     x = torch.cat([torch.linspace(-9, 9, 100_001), torch.tensor([-1e30, 1e30])]).double()
     exact = torch.nn.functional.gelu(x)
-    assert ((reference.gelu_polynomial(x) - exact).abs() <= 1.9e-4 + 1e-7 * exact.abs()).all()
+    assert ((reference.gelu_polynomial(x, precision) - exact).abs() <= error + 1e-7 * exact.abs()).all()
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -172,6 +174,31 @@ def test_what_is_not_finite_stays_so_in_its_row(backend, place, value, precision
     assert torch.equal(out[others], clean[others])
 
 
+def test_bf16_is_rounded_as_torch_rounds(backend):
+    """Ties to even, what rounds up to a power of two or to infinity, and NaN with any bits."""
+    upper = torch.tensor([0x0080, 0x3F80, 0x3F81, 0x3FFF, 0x7F7F, 0x7F80, 0x7FFF], dtype=torch.int32) << 16
+    lower = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=torch.int32)
+    x = (upper[:, None] + lower).flatten().view(torch.float32)
+    x = torch.cat([x, -x, torch.zeros(1)])[:, None]
+    out = ops.linear(x, freeze(torch.ones(1, 1), torch.zeros(1), "bf16"), backend=backend)
+    assert torch.equal(out.isnan(), x.isnan()) and torch.equal(out[~x.isnan()], x[~x.isnan()].bfloat16().float())
+
+
+@pytest.mark.parametrize("depth", [1, 2, 63, 191, 193, 385])
+def test_every_instruction_set_sums_bf16_alike(backend, depth):
+    """Bit for bit: sums of 192 products each, pair by pair, of a pair the second product first."""
+    x, first, _ = make(7, depth, 40, "bf16", seed=depth)
+    left, right = (functional.pad(one.bfloat16().float(), (0, depth % 2)) for one in (x, first.weight))
+    sums = first.bias.expand(7, 40)
+    for begin in range(0, depth, 192):
+        part = torch.zeros(7, 40)
+        for k in range(begin, min(begin + 192, depth), 2):
+            for place in (k + 1, k):
+                part += left[:, place, None] * right[:, place]  # exact
+        sums = sums + part
+    assert torch.equal(ops.linear(x, first, backend=backend), sums)
+
+
 def test_int8_is_as_close_as_its_steps_say():
     """x W^T differs by at most half a step of x times the weights, plus half a step of the weights times x."""
     random = torch.Generator().manual_seed(3)
@@ -202,7 +229,7 @@ def test_weights_that_int8_cannot_say():
     weight[1, 2] = torch.nan
     with pytest.raises(ValueError, match="NaN or infinite"):
         ops.freeze_linear(weight, torch.zeros(3), "int8")
-    with pytest.raises(ValueError, match="float32 or int8, not as 'int4'"):
+    with pytest.raises(ValueError, match="float32, bf16, int8, not as 'int4'"):
         ops.freeze_linear(weight, torch.zeros(3), "int4")
     zeros = ops.freeze_linear(torch.zeros(4, 70), torch.arange(4.0), "int8")
     assert torch.equal(ops.linear(torch.randn(2, 70), zeros), torch.arange(4.0).expand(2, 4))
@@ -218,8 +245,9 @@ def test_bad_input():
         ops.linear(x, first, **options | {"residual": options["residual"][:3]})
     with pytest.raises(ValueError, match="'swish': choose one of none, gelu"):
         ops.linear(x, first, activation="swish")
-    with pytest.raises(ValueError, match="one precision"):
-        ops.linear(x, first, second=ops.freeze_linear(torch.ones(5, 6), torch.ones(5), "int8"))
+    for other in ("bf16", "int8"):
+        with pytest.raises(ValueError, match="one precision"):
+            ops.linear(x, first, second=ops.freeze_linear(torch.ones(5, 6), torch.ones(5), other))
     with pytest.raises(ValueError, match=r"groups=2: only .* multiple of 16 columns, not 6 columns"):
         ops.linear(x, first, groups=2)
     with pytest.raises(ValueError, match="no gradient"):

@@ -217,8 +217,8 @@ def test_precision(tmp_path, kind):
 
 
 def test_frozen_weights(tmp_path, kind, monkeypatch):
-    """Fused float32 scores are transformers'; int8 ones may be at most twice as wrong as the int8 reference's, and rank
-    as float32 does."""
+    """Fused float32 scores are transformers'; bf16 ones may be at most twice as wrong as transformers' under autocast,
+    int8 ones as the int8 reference's, and those rank as float32 does."""
     theirs = make_checkpoint(tmp_path, kind)
     pairs = random_pairs(theirs, LENGTHS)
     batch = pack_pairs(pairs)
@@ -228,6 +228,11 @@ def test_frozen_weights(tmp_path, kind, monkeypatch):
         expected = padded_logits(theirs, pairs).float()
         fused = model.freeze("float32")(batch)
         assert (fused - expected).abs().max() < 1e-4
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = padded_logits(theirs, pairs).float()
+        bf16 = model.freeze("bf16")(batch)
+        assert not torch.equal(bf16, fused)
+        assert (bf16 - exact).square().mean() <= 4 * (rounded - exact).square().mean()
         int8 = model.freeze("int8")(batch)
         monkeypatch.setenv("FASTRANK_BACKEND", "reference")
         reference = model(batch)
@@ -247,7 +252,7 @@ def test_frozen_weights(tmp_path, kind, monkeypatch):
         model.train()(batch)
 
 
-@pytest.mark.parametrize("precision", ["float32", "int8"])
+@pytest.mark.parametrize("precision", ["float32", "bf16", "int8"])
 def test_what_happens_to_a_model_after_freezing(tmp_path, precision):
     """Edits change nothing, new weights undo it, and what cannot be frozen leaves the model as it was."""
     batch = pack_pairs(random_pairs(make_checkpoint(tmp_path / "a", "bert"), LENGTHS))

@@ -73,8 +73,8 @@ def test_reranker_reads_them(folder):
     assert stored.stat().st_size < size
     assert stat.S_IMODE(stored.stat().st_mode) == stat.S_IMODE((folder / "config.json").stat().st_mode)
     assert (Reranker(folder, dtype="int8").predict(PAIRS) == expected).all()
-    float32 = Reranker(folder).predict(PAIRS)
-    assert (float32 != expected).any(), "only int8 reads them"
+    for dtype in ("float32", "bf16"):
+        assert (Reranker(folder, dtype=dtype).predict(PAIRS) != expected).any(), "only int8 reads them"
     (folder / "model.safetensors").unlink()
     assert (Reranker(folder, dtype="int8").predict(PAIRS) == expected).all()
     with pytest.raises(FileNotFoundError, match=r"none of model\.safetensors"):
@@ -187,8 +187,9 @@ def _fails_to_write(tensors, path, metadata):
     raise SafetensorError("No space left on device")
 
 
-def test_weights_that_were_given_back(folder):
-    reranker = Reranker(folder, dtype="int8")
+@pytest.mark.parametrize("dtype", ["float32", "bf16", "int8"])
+def test_weights_that_were_given_back(folder, dtype):
+    reranker = Reranker(folder, dtype=dtype)
     assert all(layer.up.weight.is_meta for layer in reranker.model.encoder.layers)
     for use in (lambda: reranker.model.to_precision("float32"), lambda: reranker.model.freeze("float32")):
         with pytest.raises(ValueError, match="given its float32 weights back: load it again"):
@@ -198,7 +199,7 @@ def test_weights_that_were_given_back(folder):
 
 
 def test_another_instruction_set_after_loading(folder, monkeypatch):
-    rerankers = [Reranker(folder, dtype=dtype) for dtype in ("float32", "int8")]
+    rerankers = [Reranker(folder, dtype=dtype) for dtype in ("float32", "bf16", "int8")]
     for name, value in (("FASTRANK_CPU_ISA", "plain"), ("FASTRANK_BACKEND", "reference")):
         with monkeypatch.context() as patch:
             patch.setenv(name, value)

@@ -432,16 +432,12 @@ def test_precisions(tiny, reranker):
     expected = reranker.predict(pairs)
     for name in ("float32", "fp32", torch.float32, "auto"):
         assert np.allclose(Reranker(tiny, dtype=name).predict(pairs), expected, atol=1e-6)
-    for name in ("bf16", "bfloat16", torch.bfloat16):
-        half = Reranker(tiny, dtype=name).predict(pairs)
-        assert half.dtype == np.float32
-        assert 0 < np.abs(half - expected).max() < 0.2
-    for name in ("int8", torch.int8):
-        quantised = Reranker(tiny, dtype=name).predict(pairs)
-        assert quantised.dtype == np.float32
-        assert 0 < np.abs(quantised - expected).max() < 0.2
+    for name in ("bf16", "bfloat16", torch.bfloat16, "int8", torch.int8):
+        rounded = Reranker(tiny, dtype=name).predict(pairs)
+        assert rounded.dtype == np.float32
+        assert 0 < np.abs(rounded - expected).max() < 0.2
         alone = Reranker(tiny, dtype=name, deterministic=True).predict(pairs)
-        assert np.abs(quantised - alone).max() < 1e-5, "a row is quantised by itself"
+        assert np.abs(rounded - alone).max() < 1e-5, "a row is rounded or quantised by itself"
     with pytest.raises(ValueError, match="int8 runs on a CPU, not on cuda:1"):
         _find_dtype("int8", torch.device("cuda:1"))
     for name in ("fp16", "float16", torch.float16):
@@ -455,19 +451,22 @@ def test_precisions(tiny, reranker):
 
 
 def test_every_instruction_set_ranks_alike(real, monkeypatch):
-    """int8 products are the same integers everywhere, but what is quantised next may have been rounded the other way,
-    which later layers magnify: two instruction sets may differ by what quantising itself changes."""
+    """Sums of bf16 and int8 products are the same everywhere, but what is rounded or quantised next may have been
+    rounded the other way, which later layers magnify: two instruction sets may differ by what rounding or quantising
+    itself changes."""
     pairs = [("statins", text) for text in _texts(60, lengths=(3, 8, 20, 60))]
     scores = {}
     for isa in _cpu.supported_isas():
         monkeypatch.setenv("FASTRANK_CPU_ISA", isa)
-        for dtype in ("float32", "int8"):
+        for dtype in ("float32", "bf16", "int8"):
             scores[isa, dtype] = Reranker(real, dtype=dtype, activation="none").predict(pairs)
     for isa, other in itertools.combinations(_cpu.supported_isas(), 2):
-        exact, quantised = scores[isa, "float32"], scores[isa, "int8"]
+        exact = scores[isa, "float32"]
         assert np.abs(exact - scores[other, "float32"]).max() <= 1e-4 * exact.std()
         assert kendalltau(exact, scores[other, "float32"]).statistic > 0.999
-        assert (quantised - scores[other, "int8"]).std() <= 2 * (quantised - exact).std() < exact.std()
+        for dtype in ("bf16", "int8"):
+            rounded = scores[isa, dtype]
+            assert (rounded - scores[other, dtype]).std() <= 2 * (rounded - exact).std() < exact.std()
 
 
 @pytest.mark.parametrize(

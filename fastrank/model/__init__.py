@@ -84,11 +84,12 @@ class CrossEncoder(nn.Module):
         return self
 
     def freeze(self, precision: str, *, keep_weights: bool = True) -> "CrossEncoder":
-        """Fuse the encoder's matrix products with what follows them and run them in "float32" or "int8", with the
-        weights as they are now: for inference on a CPU. Later edits of these weights and biases change nothing (norms,
-        embeddings and the head stay as they are); to_precision() and load_state_dict() undo it, unless keep_weights is
-        False: then the memory of the float32 weights is given back, and the model can neither be trained nor saved. A
-        frozen model refuses training mode and gradients. Weights that cannot be frozen leave the model as it was."""
+        """Fuse the encoder's matrix products with what follows them and run them in "float32", "bf16" or "int8", with
+        the weights as they are now: for inference on a CPU. Later edits of these weights and biases change nothing
+        (norms, embeddings and the head stay as they are); to_precision() and load_state_dict() undo it, unless
+        keep_weights is False: then the memory of the float32 weights is given back, and the model can neither be
+        trained nor saved. A frozen model refuses training mode and gradients. Weights that cannot be frozen leave the
+        model as it was."""
         freeze(self.encoder, precision, keep_weights=keep_weights)
         self.encoder.precision, self.encoder.hidden_dtype = torch.float32, None
         return self

@@ -109,7 +109,8 @@ def set_precision(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def freeze(model: nn.Module, precision: str, *, keep_weights: bool = True) -> None:
-    """Freeze the weights of every Linear inside the model as they are now, as "float32" or "int8": for inference."""
+    """Freeze the weights of every Linear inside the model as they are now, as "float32", "bf16" or "int8": for
+    inference."""
     modules = [module for _, module in linears(model)]
     for module in modules:
         module.require_weights()

@@ -46,19 +46,22 @@ def _array(tensor: Tensor | None) -> np.ndarray | None:
 
 
 def pack(weights: LinearWeights) -> tuple:
-    """Panels of columns, and in each, groups of neighbours along the depth; columns filled up with zeros."""
+    """Panels of columns, and in each, groups of neighbours along the depth; both filled up with zeros."""
     isa = _cpu.isa()
     if isa not in weights.packed:
         weights.require_weight()
-        panel, group, _ = _cpu.linear_layout(weights.scales is not None)
+        panel, group, _ = _cpu.linear_layout(weights.precision)
         columns, missing = weights.columns, -weights.columns % panel
-        filled = functional.pad(weights.weight.flatten(1), (0, 0, 0, missing))
+        values = weights.weight.flatten(1)
+        filled = functional.pad(values, (0, -values.shape[1] % group, 0, missing))
         panels = filled.view(-1, panel, filled.shape[1] // group, group).transpose(1, 2).contiguous()
         scales = sums = None
         if weights.scales is not None:
             scales = functional.pad(weights.scales.T, (0, missing))
             sums = functional.pad(weights.weight.sum(2, dtype=torch.int32).T, (0, missing)) * scales
         bias = functional.pad(weights.bias, (0, missing))
+        if weights.precision == "bf16":
+            panels = panels.view(torch.int16)  # numpy has no bf16
         arrays = (_array(panels), _array(scales), _array(sums), _array(bias))
-        weights.packed[isa] = (*arrays, columns, weights.depth)
+        weights.packed[isa] = (weights.precision, *arrays, columns, weights.depth)
     return weights.packed[isa]

@@ -1,7 +1,8 @@
 """activation(x W^T + b), a second product and LayerNorm in plain PyTorch: the definition that kernels are held against.
 
-int8 is dynamic: each block of a row of x is quantised by itself, to 256 levels from its least to its largest value; the
-product of integers is exact.
+bf16 rounds the weights and x, product by product; what they give is exact, and summed in x's dtype. int8 is dynamic:
+each block of a row of x is quantised by itself, to 256 levels from its least to its largest value; the product of
+integers is exact.
 """
 
 import torch
@@ -10,26 +11,50 @@ from torch.nn import functional
 
 from fastrank.kernels.linear.weights import LinearWeights
 
-# Phi(x) - 1/2 on [-4, 4] as an odd polynomial, lowest power first: x times it is GELU but for 1.9e-4, far less than a
-# step of what is quantised next.
-GELU_POLYNOMIAL = (
-    0.3978702606242605,
-    -0.06455440133842247,
-    0.00876368614793093,
-    -0.0008121865510100632,
-    4.7763799762013e-05,
-    -1.5888231371633693e-06,
-    2.2588136704465103e-08,
-)
+# What stands for the erf form of GELU where the next product rounds anyway: x times 1/2 and an odd polynomial for
+# Phi(x) - 1/2 on [-end, end]. By precision: end, a number that is taken from x^2 first, so that powers do not cancel,
+# and the coefficients, lowest power first. Off by 1.2e-5 for bf16, and 1.9e-4, far less than a step, for int8.
+GELU_POLYNOMIALS = {
+    "bf16": (
+        4.6,
+        10.58,
+        (
+            0.15354344248771667,
+            -0.007160280831158161,
+            0.00048364000394940376,
+            -3.42951861966867e-05,
+            2.3565949049952906e-06,
+            -1.4346839805057243e-07,
+            7.807440027818302e-09,
+            -5.290619609077396e-10,
+            3.578869839371279e-11,
+            -1.1080515845141026e-12,
+        ),
+    ),
+    "int8": (
+        4.0,
+        0.0,
+        (
+            0.3978702606242605,
+            -0.06455440133842247,
+            0.00876368614793093,
+            -0.0008121865510100632,
+            4.7763799762013e-05,
+            -1.5888231371633693e-06,
+            2.2588136704465103e-08,
+        ),
+    ),
+}
 
 
-def gelu_polynomial(x: Tensor) -> Tensor:
-    """What stands for the erf form of GELU beside int8 weights."""
-    near = x.clamp(-4, 4)
-    odd = torch.zeros_like(x)
-    for coefficient in reversed(GELU_POLYNOMIAL):
-        odd = odd * near.square() + coefficient
-    return x.clamp(min=-4) * (0.5 + near * odd)
+def gelu_polynomial(x: Tensor, precision: str) -> Tensor:
+    """GELU as it stands beside weights of this precision."""
+    end, middle, coefficients = GELU_POLYNOMIALS[precision]
+    near = x.clamp(-end, end)
+    ratio = torch.zeros_like(x)
+    for coefficient in reversed(coefficients):
+        ratio = ratio * (near.square() - middle) + coefficient
+    return x.clamp(min=-end) * (0.5 + near * ratio)
 
 
 ACTIVATIONS = {
@@ -60,7 +85,9 @@ def multiply(x: Tensor, weights: LinearWeights) -> Tensor:
     """x W^T + b in x's dtype."""
     weights.require_weight()
     bias = weights.bias.to(x.dtype)
-    if weights.scales is None:
+    if weights.precision == "bf16":
+        x = x.bfloat16().to(x.dtype)
+    if weights.precision != "int8":
         return x @ weights.weight.to(x.dtype).T + bias
     blocks, size = weights.weight.shape[1:]
     # A block that is filled up repeats its first value, which its zero weights never see.
@@ -85,8 +112,11 @@ def linear(
     eps: float,
     groups: int,
 ) -> Tensor:
-    activate = ACTIVATIONS[activation] if first.scales is None or activation != "gelu" else gelu_polynomial
-    x = activate(multiply(x, first))
+    x = multiply(x, first)
+    if activation == "gelu" and first.precision in GELU_POLYNOMIALS:
+        x = gelu_polynomial(x, first.precision)
+    else:
+        x = ACTIVATIONS[activation](x)
     if second is not None:
         x = multiply(x, second)
     if residual is None:

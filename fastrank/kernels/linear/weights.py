@@ -1,4 +1,5 @@
-"""A linear layer's weights, frozen for inference: float32 as they are, or int8 with a scale for each block of a column.
+"""A linear layer's weights, frozen for inference: float32 as they are, bf16, or int8 with a scale for each block of a
+column.
 
 Columns are output features, as everywhere here. int8 weights are symmetric and need no zero point; a block's scale is
 set by its largest pair of neighbours, since AVX2 adds two products of a byte and a weight in 16 bits: so the same
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-PRECISIONS = ("float32", "int8")
+PRECISIONS = {torch.float32: "float32", torch.bfloat16: "bf16", torch.int8: "int8"}  # by the dtype of weights
 BLOCK = 64  # neighbours along the depth that share a scale
 PAIR_STEPS = 127  # of the largest |w| + |w neighbour| in a block; rounding adds at most 1
 
@@ -21,10 +22,10 @@ class LinearWeights:
     """Weights and bias of x W^T + b.
 
     Attributes:
-        weight: (columns, depth) float32; or int8 (columns, blocks, block), the last block filled up with zeros.
+        weight: (columns, depth) float32 or bf16; or int8 (columns, blocks, block), the last block filled up with zeros.
         bias: (columns,) float32.
         depth: How many values a row of x has.
-        scales: (columns, blocks) float32, what one step of an int8 weight is worth; None for float32.
+        scales: (columns, blocks) float32, what one step of an int8 weight is worth; None for others.
         packed: What a backend has made of them, by instruction set.
 
     Once they are packed, release() gives back the memory of `weight`, which is a meta tensor then.
@@ -39,6 +40,10 @@ class LinearWeights:
     @property
     def columns(self) -> int:
         return self.weight.shape[0]
+
+    @property
+    def precision(self) -> str:
+        return PRECISIONS[self.weight.dtype]
 
     def release(self) -> None:
         object.__setattr__(self, "weight", self.weight.to("meta"))
@@ -75,8 +80,9 @@ def restore(weight: Tensor, bias: Tensor, scales: Tensor, depth: int) -> LinearW
 
 
 def freeze(weight: Tensor, bias: Tensor, precision: str, *, copy: bool = True) -> LinearWeights:
-    """Weights of this precision ("float32" or "int8"). weight: (columns, depth) and bias: (columns,), both float32 and
-    at least 1 x 1. copy=False lets float32 weights share memory with those given, for a caller that gives them up.
+    """Weights of this precision ("float32", "bf16" or "int8"). weight: (columns, depth) and bias: (columns,), both
+    float32 and at least 1 x 1. copy=False lets float32 weights share memory with those given, for a caller that gives
+    them up.
 
     Raises ValueError for others, and for weights that are not finite or too large, which int8 could not say.
     """
@@ -91,8 +97,10 @@ def freeze(weight: Tensor, bias: Tensor, precision: str, *, copy: bool = True) -
     columns, depth = weight.shape
     if precision == "float32":
         return LinearWeights(weight.clone() if copy else weight, bias, depth)
+    if precision == "bf16":
+        return LinearWeights(weight.bfloat16(), bias, depth)
     if precision != "int8":
-        raise ValueError(f"Weights can be frozen as {' or '.join(PRECISIONS)}, not as {precision!r}.")
+        raise ValueError(f"Weights can be frozen as {', '.join(PRECISIONS.values())}, not as {precision!r}.")
     if not weight.isfinite().all():
         raise ValueError("Weights that are NaN or infinite cannot be quantised to int8.")
     blocks = functional.pad(weight, (0, -depth % BLOCK)).view(columns, -1, BLOCK)
