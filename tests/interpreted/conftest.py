@@ -1,5 +1,5 @@
-"""Every nth test, where INTERPRETED_PART says so (0/2: the first, the third ...); and an interpreter that is three times
-as fast as triton's own."""
+"""Every nth test, where INTERPRETED_PART says so (0/2: the first, the third ...); and an interpreter that is three
+times as fast as triton's own."""
 
 import dataclasses
 import os
