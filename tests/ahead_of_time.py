@@ -1,18 +1,41 @@
-"""Compiles Triton configurations for a GPU that is not there and reads what they need of one."""
+"""Compiles Triton configurations for a GPU that is not there and reads what they need of one.
 
+The compiler takes minutes for all of them, so what it said lies in ahead_of_time.json, by kernel, configuration and
+version of triton: python tests/ahead_of_time.py compiles what is new and writes it there.
+"""
+
+import dataclasses
 import hashlib
+import importlib
+import importlib.util
+import itertools
+import json
+import multiprocessing
+import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterable
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fastrank import backend
 from fastrank.kernels.configuration import ALIGNMENT, Configuration
 
+RECORDS = Path(__file__).with_suffix(".json")
+TABLES = {
+    op: importlib.import_module(f"fastrank.kernels.{op}.gpu").CONFIGURATIONS
+    for op in backend.OPS
+    if importlib.util.find_spec(f"fastrank.kernels.{op}.gpu") is not None
+}
+Entry = tuple[str, str, int]  # operation, name of a configuration, compute capability
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}  # what a program may have, by compute capability
 
 
@@ -61,3 +84,46 @@ def complaints(resources: Resources, capability: int) -> list[str]:
     if resources.shared_bytes > SHARED_BYTES[capability]:
         found.append(f"{resources.shared_bytes} bytes of shared memory; there are {SHARED_BYTES[capability]}.")
     return found
+
+
+def key_of(entry: Entry) -> str:
+    op, name, capability = entry
+    return key(TABLES[op][name], capability)
+
+
+def compile_entry(entry: Entry) -> Resources:
+    """measure(), for another process."""
+    op, name, capability = entry
+    return measure(TABLES[op][name], capability)
+
+
+@contextmanager
+def compiling(entries: Iterable[Entry]) -> Iterable[dict[Entry, Future[Resources]]]:
+    """Compiles them in as many processes as there are cores."""
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        yield {entry: pool.submit(compile_entry, entry) for entry in entries}
+        pool.shutdown(cancel_futures=True)
+
+
+def read_records() -> dict[str, Resources]:
+    return {name: Resources(*values) for name, values in json.loads(RECORDS.read_text()).items()}
+
+
+def main() -> None:
+    """Writes the records of what can be launched today, and of nothing else."""
+    known = read_records() if RECORDS.exists() else {}
+    entries = [
+        (op, name, which) for (op, table), which in itertools.product(TABLES.items(), SHARED_BYTES) for name in table
+    ]
+    with compiling(one for one in entries if key_of(one) not in known) as running:
+        records = {
+            key_of(one): dataclasses.astuple(running[one].result() if one in running else known[key_of(one)])
+            for one in entries
+        }
+    lines = (f"{json.dumps(name)}: {json.dumps(values)}" for name, values in sorted(records.items()))
+    RECORDS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    print(f"{len(running)} compiled, {len(records)} known: {RECORDS}")
+
+
+if __name__ == "__main__":
+    main()

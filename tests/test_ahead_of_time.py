@@ -1,33 +1,28 @@
 """Every Triton configuration that can be launched compiles for two generations of GPUs and spills no register.
 
-The compiler needs no GPU; it runs in as many processes as there are cores. What it says is kept in pytest's cache, by
-kernel, configuration and version of triton.
+What the compiler said is on record (ahead_of_time.json); what is not is compiled, and so are a few of the others, drawn
+anew each time, for which it must say the same. It needs no GPU.
 """
 
-import dataclasses
-import importlib
-import importlib.util
-import multiprocessing
-import os
-from concurrent.futures import ProcessPoolExecutor
+import random
 
 import pytest
-from ahead_of_time import SHARED_BYTES, Resources, complaints, key, measure
+from ahead_of_time import (
+    SHARED_BYTES,
+    TABLES,
+    Resources,
+    compiling,
+    complaints,
+    key,
+    key_of,
+    measure,
+    read_records,
+)
 from triton import language as tl
 
-from fastrank import backend
 from fastrank.kernels.configuration import Configuration, Table, kernel
 
-TABLES = {
-    op: importlib.import_module(f"fastrank.kernels.{op}.gpu").CONFIGURATIONS
-    for op in backend.OPS
-    if importlib.util.find_spec(f"fastrank.kernels.{op}.gpu") is not None
-}
-
-
-def compile_named(op: str, name: str, capability: int) -> Resources:
-    """measure(), for another process."""
-    return measure(TABLES[op][name], capability)
+NUM_CHECKED = 12  # of those on record
 
 
 @pytest.fixture(scope="module")
@@ -35,20 +30,17 @@ def compiled(request):
     """What the compiler says of the selected configurations: a function of operation, name and compute capability."""
     wanted = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
     wanted = [(one["op"], one["name"], one["capability"]) for one in wanted if {"op", "name", "capability"} <= set(one)]
-    entries = {one: f"ahead_of_time/{key(TABLES[one[0]][one[1]], one[2])}" for one in wanted}
-    cache = request.config.cache
-    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-        unknown = {entry: one for one, entry in entries.items() if cache.get(entry, None) is None}
-        running = {entry: pool.submit(compile_named, *one) for entry, one in unknown.items()}
+    records = read_records()
+    on_record = {one: records[key_of(one)] for one in wanted if key_of(one) in records}
+    checked = random.sample(list(on_record), min(NUM_CHECKED, len(on_record)))
+    with compiling(one for one in wanted if one not in on_record or one in checked) as running:
 
         def find(*one: str | int) -> Resources:
-            if entries[one] in running:
-                resources = running[entries[one]].result()
-                cache.set(entries[one], list(dataclasses.astuple(resources)))
-            return Resources(*cache.get(entries[one], None))
+            if one in running:
+                assert on_record.setdefault(one, running[one].result()) == running[one].result(), "the record is wrong"
+            return on_record[one]
 
         yield find
-        pool.shutdown(cancel_futures=True)
 
 
 @pytest.mark.parametrize("capability", SHARED_BYTES)
@@ -79,7 +71,7 @@ def test_the_gate_sees_spills():
         return measure(Configuration(greedy_kernel, {"values_ptr": "*fp32", "count": "i32"}, {"SIZE": size}, 1), 90)
 
     assert complaints(resources(32), 90) == []
-    assert "registers are spilled" in complaints(resources(4096), 90)[0]
+    assert "registers are spilled" in complaints(resources(2048), 90)[0]
 
 
 def test_the_gate_knows_how_much_shared_memory_there_is():
