@@ -65,9 +65,9 @@ class Reranker:
         device: "cpu", "cuda", "cuda:1" ...; default: a GPU where torch finds one.
         dtype: "float32", "bf16", "fp16" (on a GPU) or "int8" (on a CPU): what matrix products are computed in, and on a
             GPU what lies between them; sums and the head are float32. "auto" is float32 on a CPU and bf16 on a
-            GPU. On a CPU bf16 is faster where the processor has an instruction for it (`python -m fastrank backends`),
-            and elsewhere saves memory. For int8 weights are quantised here, activations as they come, both with a scale
-            for 64 neighbours, without calibration.
+            GPU. On a CPU bf16 is faster where the processor has an instruction for it (`python -m fastrank backends`;
+            with AMX, by torch's products), and elsewhere saves memory. For int8 weights are quantised here, activations
+            as they come, both with a scale for 64 neighbours, without calibration.
         max_length: tokens of a pair, special tokens included; default: what tokenizer and model allow.
         max_query_tokens, max_document_tokens: cut each side first; default: no such cut.
         max_batch_tokens: tokens of one forward pass; more need more memory.
@@ -125,7 +125,7 @@ class Reranker:
             prefer_int8=precision == "int8",
         )
         loaded.requires_grad_(False)
-        if place.type == "cpu":
+        if place.type == "cpu" and not (precision == "bf16" and _multiplies_in_tiles()):
             if not loaded.is_frozen:
                 loaded.freeze(precision, keep_weights=False)
         else:
@@ -573,6 +573,12 @@ def find_device(device: str | torch.device | None) -> torch.device:
 def default_dtype(device: torch.device) -> str:
     """What "auto" means there."""
     return "bf16" if device.type == "cuda" else "float32"
+
+
+def _multiplies_in_tiles() -> bool:
+    """Whether torch's products of bf16 run in this CPU's matrix units (AMX), which ours know nothing of."""
+    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return supported is not None and supported()
 
 
 def _find_dtype(dtype: str | torch.dtype, device: torch.device) -> str:
