@@ -41,7 +41,8 @@ class Selection:
 def pytest_cmdline_main(config):
     """All tests run in a process a processor; a few of them, and whatever is measured, in one."""
     chosen = config.args_source is not pytest.Config.ArgsSource.TESTPATHS or config.option.keyword
-    if chosen or config.option.benchmark or hasattr(config, "workerinput"):  # the last: it is one of them
+    is_one = hasattr(config, "workerinput")
+    if chosen or is_one or config.option.benchmark or config.option.usepdb:
         return
     if getattr(config.option, "numprocesses", 0) is None:  # 0: without pytest-xdist
         config.option.numprocesses = min(len(os.sched_getaffinity(0)), MOST_PROCESSES)

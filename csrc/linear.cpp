@@ -240,6 +240,7 @@ void activate(Activation activation, Precision precision, float* x, int64_t coun
         case Precision::BF16: return apply(x, count, [](vfloat x) { return gelu_for_bf16(x); });
         case Precision::INT8: return apply(x, count, [](vfloat x) { return gelu_for_int8(x); });
       }
+      return;
     case Activation::GELU_TANH: return apply(x, count, [](vfloat x) { return gelu_tanh(x).value; });
     case Activation::RELU: return apply(x, count, [](vfloat x) { return select(x < splat(0.f), splat(0.f), x); });
   }

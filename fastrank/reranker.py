@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from fastrank import backend
 from fastrank.checkpoint import WEIGHT_FILES, load_model, score_activation
 from fastrank.command_line import MAX_THREADS
 from fastrank.model import CrossEncoder
@@ -125,7 +126,7 @@ class Reranker:
             prefer_int8=precision == "int8",
         )
         loaded.requires_grad_(False)
-        if place.type == "cpu" and not (precision == "bf16" and _multiplies_in_tiles()):
+        if place.type == "cpu" and not (precision == "bf16" and backend.multiplies_in_tiles()):
             if not loaded.is_frozen:
                 loaded.freeze(precision, keep_weights=False)
         else:
@@ -573,12 +574,6 @@ def find_device(device: str | torch.device | None) -> torch.device:
 def default_dtype(device: torch.device) -> str:
     """What "auto" means there."""
     return "bf16" if device.type == "cuda" else "float32"
-
-
-def _multiplies_in_tiles() -> bool:
-    """Whether torch's products of bf16 run in this CPU's matrix units (AMX), which ours know nothing of."""
-    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return supported is not None and supported()
 
 
 def _find_dtype(dtype: str | torch.dtype, device: torch.device) -> str:

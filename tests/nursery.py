@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -33,20 +34,24 @@ class Nursery:
 
     def __init__(self, configuration: Path) -> None:
         command = [sys.executable, "-c", CODE, str(configuration)]
+        self._running: int | None = None
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def __enter__(self) -> Nursery:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._running is not None:  # a test failed
+            os.kill(self._running, signal.SIGKILL)
         self._process.communicate()
 
     def kill_when(self, moment: Callable[[], bool], name: str, *, meanwhile: Callable[[], None] = lambda: None) -> None:
         """Kills the run with SIGKILL as soon as the moment has come, after `meanwhile`."""
         child, deadline = self._begin(), time.monotonic() + SECONDS
         while not moment():
+            ended = select.select([self._process.stdout], [], [], 0.0002)[0]
+            assert not ended, f"the run ended with {self._exit_code()} before it was killed: {name}"
             assert time.monotonic() < deadline, f"the moment does not come: {name}"
-            time.sleep(0.0002)
         meanwhile()
         os.kill(child, signal.SIGKILL)
         assert self._exit_code() == -signal.SIGKILL, f"the run ended before it was killed: {name}"
@@ -59,10 +64,13 @@ class Nursery:
     def _begin(self) -> int:
         self._process.stdin.write("\n")
         self._process.stdin.flush()
-        return int(self._process.stdout.readline())
+        self._running = int(self._process.stdout.readline())
+        return self._running
 
     def _exit_code(self) -> int:
-        return int(self._process.stdout.readline())
+        code = int(self._process.stdout.readline())
+        self._running = None
+        return code
 
 
 def steps_logged(folder: Path) -> int:

@@ -233,7 +233,9 @@ def test_a_broken_extension_is_an_error(without_extension, tmp_path):
 def test_the_command_prints_every_operation_and_backend(capsys):
     assert backend.backends_command([]) == 0
     text = capsys.readouterr().out
-    assert ("no bf16 instruction" in text) == (not _cpu.multiplies_bf16())
+    amx = backend.multiplies_in_tiles()
+    assert ("AMX" in text) == amx
+    assert ("no bf16 instruction" in text) == (not _cpu.multiplies_bf16() and not amx)
     assert f"instruction set {_cpu.isa()}" in text and f"torch {torch.__version__}" in text
     for op in ("attention", "layer_norm", "listwise"):
         rows = [line.split() for line in text.splitlines() if line.startswith(op)]

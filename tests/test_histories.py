@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 from real_data import data_folder
 
 from fastrank.__main__ import main
-from fastrank.data import DataError, RankingList, load_data, read_documents, read_queries, read_ranked_run, read_rows
+from fastrank.data import (
+    DataError,
+    RankingList,
+    load_data,
+    read_documents,
+    read_queries,
+    read_ranked_run,
+    read_rows,
+    store,
+)
 from fastrank.data.histories import Window, read_window, replay
 from fastrank.data.permutations import POLICIES, STATUSES, apply_window, parse_permutation, window_starts
 
@@ -145,6 +154,117 @@ def test_policies():
     tiers = replay(calls, "tier")
     assert tiers.labels() == (3, 2, 0, 4) and tiers.labels_among(["x", "d", "c", "b", "a"]) == (0, 5, 0, 3, 4)
     assert replay(calls, "drop").ranks is None and replay(calls[1:], "drop").labels() == (2, 1, 3)
+
+
+def test_the_last_answer_about_a_document_counts():
+    calls = [Window(None, ("b", "c"), "[2] > [1]"), Window(None, ("a", "c", "b"), "[2]")]
+    read = replay(calls, "tier")
+    assert (read.texts, read.named, read.labels()) == (("a", "b", "c"), (False, False, True), (0, 0, 3))
+
+
+def test_of_two_cuts_the_longer_is_kept():
+    calls = [Window(None, ("b", "c long text"), "[2] > [1]"), Window(None, ("a", "c", "b cut later"), "[1]")]
+    assert replay(calls).texts == ("a", "b cut later", "c long text")
+
+
+def test_windows_of_equal_texts_slide_from_the_tail():
+    """Where a window fits in several places it is the last: sliding begins there."""
+    calls = [Window(None, ("a", "a", "a", "a", "b"), ""), Window(None, ("a", "a"), "[2] > [1]")]
+    assert replay(calls).ranks == (0, 1, 3, 2, 4)
+
+
+def test_passages_that_are_cut_to_one_text():
+    read = replay([Window(None, ("the cat", "the cat", "dog"), "[2] > [3] > [1]")])
+    before = ["the cat sat", "the cat ran", "dog"]
+    assert read.labels_among(before) == (1, 3, 2)
+    after = [before[1], before[2], before[0]]
+    assert read.labels_among(after) == (3, 2, 1)
+
+
+def test_turns_of_the_assistant_are_no_passages():
+    chat = [*CHAT[:5], {"role": "assistant", "content": "[2] not this"}, *CHAT[5:]]
+    assert read_window({"prompt": chat, "response": "[1]"}).texts == ("first one", "second")
+    parts = [{"role": "user", "content": [{"type": "text", "text": "[1] a\n[2] b"}, {"type": "image_url"}]}]
+    assert read_window({"prompt": parts, "response": "[1]"}).texts == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        ({"query": "q", "invocations_history": ["x"]}, "call 1: expected an object with prompt and response, not str"),
+        ({"query": "q", "invocations_history": [{"prompt": "x"}]}, "call 1: the key 'response' is missing"),
+        ({"query": None, "invocations_history": []}, "'query' must be a string or an object, not NoneType"),
+        (
+            {"query": "q", "invocations_history": [{"prompt": [{"text": None}], "response": ""}]},
+            "call 1: a prompt's text must be a string, not NoneType",
+        ),
+        (
+            {"query": "q", "invocations_history": [{"prompt": [{"role": "user", "content": 3}], "response": ""}]},
+            "call 1: a prompt's text must be a string, not int",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_call_is_said(tmp_path, row, sentence):
+    with pytest.raises(DataError, match=rf"h\.jsonl:1: .*{sentence}"):
+        list(read_rows(_write(tmp_path / "h.jsonl", [row]), "history"))
+
+
+def test_rows_without_an_answer(tmp_path):
+    """Candidates without any call keep their order, and say so; every row of the file is a history nevertheless."""
+    candidates = [{"docid": text, "doc": {"text": text}} for text in "AB"]
+    calls = [{"prompt": _prompt("q", "AB"), "response": "[2] > [1]"}]
+    rows = [{"query": f"q{i}", "candidates": candidates, "invocations_history": calls * i} for i in (0, 1)]
+    for order in (rows, rows[::-1]):
+        counts = Counter()
+        read = {one.query: one.labels for one in read_rows(_write(tmp_path / "h.jsonl", order), counts=counts)}
+        assert read == {"q0": (2, 1), "q1": (1, 2)}
+        assert counts == {"ok": 1, "missing, so that candidates keep their order": 1}
+    kept = [len(one) for one in read_rows(tmp_path / "h.jsonl", policy="drop")]
+    assert kept == [2, 0]
+    plain = _write(tmp_path / "rows.jsonl", [{"query": "q1", "candidates": candidates}])
+    (ranked,) = read_rows(plain, permutations=tmp_path / "h.jsonl")
+    assert ranked.labels == (1, 2), "a history with candidates of its own orders other rows, too"
+    _write(plain, [{"query": "q0", "candidates": candidates}])
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: .*h\.jsonl has no answer for the query 'q0'"):
+        list(read_rows(plain, permutations=tmp_path / "h.jsonl"))
+
+
+def test_answers_are_told_by_id_before_text(tmp_path):
+    def history(*queries):
+        rows = [
+            {"query": query, "invocations_history": [{"prompt": _prompt("q", "AB"), "response": response}]}
+            for query, response in queries
+        ]
+        return _write(tmp_path / "h.jsonl", rows)
+
+    two = history(({"qid": "1", "text": "q"}, "[2] > [1]"), ({"qid": "2", "text": "q"}, "[1] > [2]"))
+    rows = [{"query_id": name, "query": "q", "docs": ["A", "B"], "labels": [0, 0]} for name in ("1", "2", "1")]
+    counts = Counter()
+    read = list(read_rows(_write(tmp_path / "a.jsonl", rows), permutations=two, counts=counts))
+    assert [one.labels for one in read] == [(1, 2), (2, 1), (1, 2)]
+    assert counts == {"ok": 2}, "an answer counts once, however many rows it orders"
+    _write(tmp_path / "a.jsonl", [{"query": "q", "docs": ["A", "B"], "labels": [0, 0]}])
+    with pytest.raises(DataError, match=r"h\.jsonl has several answers for the query 'q'"):
+        list(read_rows(tmp_path / "a.jsonl", permutations=two))
+    with pytest.raises(DataError, match=r"h\.jsonl:2: the query 'q' comes twice"):
+        list(read_rows(tmp_path / "a.jsonl", permutations=history(("q", "[1]"), ("q", "[2]"))))
+
+
+def test_stored_lists_are_those_of_these_answers_and_this_policy(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTRANK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(store, "MAX_BYTES_IN_MEMORY", 0)
+    calls = [{"prompt": _prompt("q", "AB"), "response": "[2]"}]
+    history = _write(tmp_path / "h.jsonl", [{"query": "q", "invocations_history": calls}])
+    rows = _write(tmp_path / "a.jsonl", [{"query": "q", "docs": ["A", "B"], "labels": [0, 0]}])
+    source = {"lists": rows, "permutations": history}
+
+    def labels(**more):
+        return [one.labels for one in load_data(source | more, seed=0).candidates]
+
+    assert labels() == [(1, 2)] and labels(permutation_policy="tier") == [(0, 2)]
+    calls[0]["response"] = "[1] > [2]"
+    _write(history, [{"query": "q", "invocations_history": calls}])
+    assert labels() == [(2, 1)]
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ import torch
 import yaml
 from hub_models import make_checkpoint
 from nursery import Nursery, steps_logged
+from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -367,6 +368,11 @@ def test_a_killed_run_ends_like_one_that_never_stopped(checkpoint, tmp_path):
     states = [load_file(folder / STATE_FILE) for folder in (whole, killed)]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    progress = []
+    for folder in (whole, killed):
+        with safe_open(folder / STATE_FILE, "pt") as file:
+            progress.append(json.loads(file.metadata()["progress"]) | {"second_sum": 0})
+    assert progress[0] == progress[1] and progress[0]["pairs_cut"] > 0
     for left, right in zip(*(map(json.loads, (f / "log.jsonl").open()) for f in (whole, killed)), strict=True):
         for record in (left, right):
             record.pop("pairs_per_second", None)

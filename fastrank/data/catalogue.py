@@ -38,10 +38,11 @@ def hub_state(path: str) -> str:
     """Changes with the files of a local folder that stands for a data set of the hub; "" for anything else."""
     if not is_on_hub(path):
         return ""
-    folder = path.removeprefix(HUB_PREFIX).partition("?")[0]
+    folder = os.path.expanduser(path.removeprefix(HUB_PREFIX).partition("?")[0])
     files = sorted(os.path.join(root, name) for root, _, names in os.walk(folder) for name in names)
     states = [
-        (file, status.st_size, status.st_mtime_ns) for file, status in zip(files, map(os.stat, files), strict=True)
+        (file, status.st_size, status.st_mtime_ns)
+        for file, status in ((file, os.stat(file)) for file in files if os.path.exists(file))
     ]
     return f"{os.path.realpath(folder)} {states}" if states else ""
 
@@ -96,6 +97,7 @@ def read_hub_rows(path: str) -> Iterator[tuple[int, dict]]:
     datasets, for another option and for what the hub does not have or does not give.
     """
     name, _, query = path.removeprefix(HUB_PREFIX).partition("?")
+    name = os.path.expanduser(name)
     options = {key: value for key, _, value in (part.partition("=") for part in query.split("&") if part)}
     unknown = [key for key in options if key not in HUB_OPTIONS]
     if not name or unknown or not all(options.values()):

@@ -78,16 +78,20 @@ def read_window(invocation: Mapping) -> Window:
     {role, content}, all passages in one or one in each; or LiT5's {text}, one for each passage. Of examples in a prompt
     only the last, the question itself, counts. Raises KeyError, TypeError or ValueError for anything else.
     """
+    if not isinstance(invocation, Mapping):
+        raise TypeError(f"expected an object with prompt and response, not {type(invocation).__name__}")
     prompt, response = invocation["prompt"], invocation["response"]
     if not isinstance(response, str):
         raise TypeError(f"'response' must be a string, not {type(response).__name__}")
     if isinstance(prompt, list) and prompt and all(isinstance(one, Mapping) and "text" in one for one in prompt):
-        fused = [_FUSED.fullmatch(one["text"]) for one in prompt]
+        fused = [_FUSED.fullmatch(_text(one["text"])) for one in prompt]
         if not all(fused):
             raise ValueError(f"the prompt has none of the forms that are known: {_FORMS}")
         return Window(fused[0][1], tuple(one[2] for one in fused), _plain(response, lettered=False))
     if isinstance(prompt, list):
-        prompt = "\n".join(one["content"] for one in prompt if one["role"] != "assistant")
+        if not all(isinstance(one, Mapping) for one in prompt):
+            raise TypeError("'prompt' must be a string or an array of messages {role, content}")
+        prompt = "\n".join(_content(one["content"]) for one in prompt if one["role"] != "assistant")
     if not isinstance(prompt, str):
         raise TypeError(f"'prompt' must be a string or an array of messages, not {type(prompt).__name__}")
     texts: list[str] = []
@@ -107,6 +111,19 @@ def read_window(invocation: Mapping) -> Window:
         raise ValueError(f"the prompt announces {announced[-1]} passages and shows {len(texts)}")
     queries = next((found for form in _QUERIES if (found := form.findall(prompt))), [None])
     return Window(queries[-1], tuple(texts), _plain(response, lettered))
+
+
+def _content(content: object) -> str:
+    """A message's text, which may come in parts."""
+    if isinstance(content, list) and all(isinstance(part, Mapping) for part in content):
+        return "\n".join(_text(part["text"]) for part in content if part.get("type", "text") == "text")
+    return _text(content)
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"a prompt's text must be a string, not {type(value).__name__}")
+    return value
 
 
 def replay(windows: Iterable[Window], policy: str = "repair") -> Replayed:

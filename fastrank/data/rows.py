@@ -67,7 +67,8 @@ def read_rows(
 
     Histories (`history`; `prompts` in rank_llm's first form) hold prompts and raw responses, which are read anew with
     parse_permutation, window after window, whatever order rank_llm made of them; where candidates lie beside, these are
-    the documents, and else the passages as the prompts show them, in the order before the first answer.
+    the documents, and else the passages as the prompts show them, in the order before the first answer. Candidates
+    without any answer keep their order, unless the policy is "drop".
     Raises DataError, with file and row, for a row of another shape, for a query whose pairs do not stand together and
     for windows that do not follow from each other.
     """
@@ -78,7 +79,7 @@ def read_rows(
         raise DataError(f"there is no shape {shape!r} of rows; known are {', '.join(SHAPES)}", name)
     chosen, rows = _with_shape(_read(path), shape, name)
     if permutations is None and policy != "repair" and chosen not in _ANSWERED:
-        raise DataError(f"the policy {policy!r} needs permutations, the answers that it is about", name)
+        raise DataError(f"the policy {policy!r} needs rows with answers, or permutations, which it is about", name)
     histories = None
     if permutations is not None:
         if chosen in _ANSWERED:
@@ -93,11 +94,15 @@ def read_rows(
         ranking = ranking_list_from(mapping, name, number)
         try:
             if histories is not None:
-                ranking = _ranked(ranking, histories.find(ranking, counts))
-            elif windows is not None:
+                ranking = histories.rank(ranking, counts)
+            elif windows:
                 replayed = replay(windows, policy)
                 counts.update(replayed.counts)
                 ranking = _ranked(ranking, replayed)
+            elif windows is not None:
+                counts["missing, so that candidates keep their order"] += 1
+                if policy == "drop":
+                    ranking = RankingList(ranking.query, (), (), ranking.query_id)
         except ValueError as error:
             raise DataError(str(error), name, number) from None
         yield ranking
@@ -131,36 +136,45 @@ def _ranked(ranking: RankingList, replayed: Replayed) -> RankingList:
 
 
 class _Histories:
-    """What the answers of a history file make of its queries, by query id and by text."""
+    """What the answers of a history file make of its queries, by query id and by text: held in memory, with the
+    passages of its prompts."""
 
     def __init__(self, path: str, policy: str) -> None:
         self._path = path
         self._by_id: dict[str, Replayed] = {}
-        self._by_text: dict[str, Replayed] = {}
+        self._by_text: dict[str, Replayed | None] = {}  # None: queries of several ids have this text
         self._unused: dict[int, Replayed] = {}
         shape, rows = _with_shape(_read(path), None, path)
         if shape not in _ANSWERED:
             raise DataError("expected rank_llm's history of prompts and responses", path)
         for number, mapping in _mappings(rows, shape, path):
-            query = ranking_list_from(mapping | {"documents": ()}, path, number)
-            if query.query_id in self._by_id:
-                raise DataError(f"the query {query.query_id!r} comes twice", path, number)
+            query = ranking_list_from(mapping | {"documents": (), "labels": None}, path, number)
+            text = query_key(query.query)
+            if query.query_id in self._by_id or (query.query_id is None and text in self._by_text):
+                raise DataError(f"the query {query.query_id or query.query[:60]!r} comes twice", path, number)
+            if not mapping[_WINDOWS]:
+                continue
             try:
                 replayed = replay(mapping[_WINDOWS], policy)
             except ValueError as error:
                 raise DataError(str(error), path, number) from None
             if query.query_id is not None:
                 self._by_id[query.query_id] = replayed
-            self._by_text[query_key(query.query)] = replayed
+            self._by_text[text] = None if text in self._by_text else replayed
             self._unused[id(replayed)] = replayed
 
-    def find(self, ranking: RankingList, counts: Counter[str]) -> Replayed:
-        replayed = self._by_id.get(ranking.query_id) or self._by_text.get(query_key(ranking.query))
+    def rank(self, ranking: RankingList, counts: Counter[str]) -> RankingList:
+        text = query_key(ranking.query)
+        replayed = self._by_id.get(ranking.query_id) or self._by_text.get(text)
         if replayed is None:
-            raise ValueError(f"{self._path} has no answer for the query {ranking.query_id or ranking.query[:60]!r}")
+            found = "several answers" if text in self._by_text else "no answer"
+            raise ValueError(f"{self._path} has {found} for the query {ranking.query_id or ranking.query[:60]!r}")
         if self._unused.pop(id(replayed), None):
             counts.update(replayed.counts)
-        return replayed
+        try:
+            return _ranked(ranking, replayed)
+        except ValueError as error:
+            raise ValueError(f"{error}, in {self._path}") from None
 
     def num_unused(self) -> int:
         return sum(replayed.counts.total() for replayed in self._unused.values())
@@ -253,20 +267,28 @@ def _rank_llm(row: Row) -> dict:
 
 def _rank_llm_query(row: Row) -> dict:
     query = row["query"]
-    return {"query": query} if isinstance(query, str) else {"query": query["text"], "query_id": query.get("qid")}
+    if isinstance(query, str):
+        return {"query": query}
+    if not isinstance(query, Mapping):
+        raise TypeError(f"'query' must be a string or an object, not {type(query).__name__}")
+    return {"query": query["text"], "query_id": query.get("qid")}
 
 
 def _history(row: Row) -> dict:
     read = _rank_llm(row) if "candidates" in row else _rank_llm_query(row) | {"documents": []}
-    return read | {_WINDOWS: list(map(read_window, row[_first(row, HISTORY_KEYS)]))}
+    windows = []
+    for place, call in enumerate(row[_first(row, HISTORY_KEYS)], start=1):
+        try:
+            windows.append(read_window(call))
+        except (KeyError, TypeError, ValueError) as error:
+            reason = f"the key {error} is missing" if isinstance(error, KeyError) else str(error)
+            raise ValueError(f"call {place}: {reason}") from None
+    return read | {_WINDOWS: windows}
 
 
 def _is_history(row: Row) -> bool:
-    # Candidates without answers are rows of rank_llm, whose order they have.
     key = _first(row, HISTORY_KEYS)
-    return (
-        "query" in row and key is not None and isinstance(row[key], list) and bool(row[key] or "candidates" not in row)
-    )
+    return "query" in row and key is not None and isinstance(row[key], list)
 
 
 def _prompt(row: Row) -> dict:
@@ -538,10 +560,10 @@ def _gathered(pairs: Iterator[tuple[int, dict]], shape: Shape, name: str) -> Ite
 def write_rows(path: Path, lists: Iterable[RankingList], shape: str) -> None:
     """Writes ranking lists in a shape of WRITERS, gzip where the path ends in .gz; it appears whole or not at all.
 
-    What a shape cannot say is left out: labels but for their order (rank_llm, run; rankgpt also
-    keeps whether they are above 0). Raises DataError for an unknown
-    shape and for lists that lack what it needs or that it cannot tell apart: labels, which must be finite but in
-    lists; and where rows are single pairs, ids, a document and a query id of its own.
+    What a shape cannot say is left out: labels but for their order (rank_llm, run; rankgpt also keeps whether they are
+    above 0). Raises DataError for an unknown shape and for lists that lack what it needs or that it cannot tell apart:
+    labels, which must be finite but in lists; and where rows are single pairs, ids, a document and a query id of its
+    own.
     """
     if shape not in WRITERS:
         raise DataError(f"there is no shape {shape!r} to write; known are {', '.join(WRITERS)}")

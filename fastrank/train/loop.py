@@ -103,6 +103,7 @@ def _run(
         report.record({"step": 0, "ndcg_at_10": evaluation.ndcg_at_10(trainer.scores(evaluation.lists))})
     trainer.num_lists_without_terms = progress.lists_without_terms
     writes = trainer.processes.is_first
+    trainer.num_truncated = progress.pairs_cut if writes else 0
     waiting: list[_Late] = []  # losses that are not read yet
     with Ahead(lambda number: trainer.prepare(feed.step(number)), range(progress.step, num_steps)) as ahead:
         while progress.step < num_steps:
@@ -142,17 +143,23 @@ def _run(
                 save_model(folder, trainer.model, trainer.tokenizer)
             if len(record) > 1:
                 report.record(record)
+            if saves:
+                progress.pairs_cut = _in_all_processes(trainer)
             if writes and saves and math.isfinite(progress.loss_sum):
                 save_state(folder, trainer.model, trainer.optimizer, progress)
     if trainer.num_lists_without_terms:
         count = trainer.num_lists_without_terms
         report.line(f"lists that gave the loss no term (no positive, or all labels equal): {count}")
-    count = int(trainer.processes.sum(torch.tensor(trainer.tokenizer.num_truncated, device=trainer.device)))
-    if count:
+    if count := _in_all_processes(trainer):
         report.line(f"pairs cut to {trainer.tokenizer.limits}, counted each time they were seen: {count}")
     if progress.best_step is not None:
         report.line(f"best nDCG@10 {progress.best_measure:.4f} at step {progress.best_step}")
     report.line(f"checkpoint: {folder}")
+
+
+def _in_all_processes(trainer: Trainer) -> int:
+    """Pairs that were cut."""
+    return int(trainer.processes.sum(torch.tensor(trainer.num_truncated, device=trainer.device)))
 
 
 class _Late:

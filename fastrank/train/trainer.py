@@ -55,6 +55,7 @@ class Prepared:
         encoded: The pairs of this process's share of the lists.
         num_terms: Of the whole step's loss, at least 1; None for a user's own loss.
         num_without_terms: Lists that give the loss none.
+        num_truncated: Pairs of this process's share that the limits cut.
     """
 
     lists: Sequence[RankingList]
@@ -62,6 +63,7 @@ class Prepared:
     encoded: list[list[Pair]]
     num_terms: int | None
     num_without_terms: int
+    num_truncated: int
 
 
 class Trainer:
@@ -102,7 +104,7 @@ class Trainer:
         self.model.encoder.recomputes = config.gradient_checkpointing
         _freeze(self.model, config.freeze_layers)
         self.optimizer = self._make_optimizer()
-        self.num_lists_without_terms = 0
+        self.num_lists_without_terms = self.num_truncated = 0  # in all steps; truncated pairs in this process
         self._reranker = Reranker.from_parts(self.model, self.tokenizer, max_batch_tokens=self.max_batch_tokens)
 
     def _default_max_batch_tokens(self) -> int:
@@ -150,7 +152,9 @@ class Trainer:
         if known:
             terms = count_terms(self.loss.name, torch.cat(labels), _offsets(labels), **self.loss_options)
             num_terms, without = max(1, int(terms.sum())), int((terms == 0).sum())
-        return Prepared(lists, labels, self.tokenize(self.processes.share(lists)), num_terms, without)
+        before = self.tokenizer.num_truncated
+        encoded = self.tokenize(self.processes.share(lists))
+        return Prepared(lists, labels, encoded, num_terms, without, self.tokenizer.num_truncated - before)
 
     def step(self, lists: Sequence[RankingList] | Prepared, number: int, *, rate_factor: float = 1.0) -> Tensor:
         """One optimizer step over labelled lists; returns its loss, one number on the device. Nothing waits for a
@@ -170,6 +174,7 @@ class Trainer:
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         self.num_lists_without_terms += made.num_without_terms
+        self.num_truncated += made.num_truncated
         own = self.processes.share(made.lists)
         if made.num_terms is not None or self.processes.count == 1:
             own_labels = self.processes.share(made.labels)
