@@ -128,9 +128,11 @@ def on_hub(tmp_path_factory):
     return folder
 
 
-def test_rows_of_the_hub(on_hub, tmp_path):
+def test_rows_of_the_hub(on_hub, tmp_path, monkeypatch):
     triplets = [RankingList(q, (f"{q} a", f"{q} b"), (1, 0)) for q in "qr"]
     assert list(read_rows(f"hub:{on_hub}/configs?config=triplet")) == triplets
+    monkeypatch.setenv("HOME", str(on_hub))
+    assert list(read_rows("hub:~/configs?config=triplet")) == triplets
     assert list(read_rows(f"hub:{on_hub}/splits?split=test")) == [RankingList("q", ("b",), (2.0,))]
     assert list(read_rows(f"hub:{on_hub}/splits")) == [RankingList("q", ("a", "b"), (0.5, 2.0))]
     named = RankingList("q", ("a", "b"), (1, 0), "7", ("x", "y"))

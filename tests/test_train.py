@@ -336,7 +336,7 @@ def write_configuration(checkpoint: Path, folder: Path, path: Path) -> Path:
     write_lists(path.with_suffix(".eval.jsonl"), make_lists(6, seed=1))
     keys = make_config(
         checkpoint, folder, train_data=str(path.with_suffix(".train.jsonl")), eval_steps=4, num_train_epochs=4,
-        eval_data=str(path.with_suffix(".eval.jsonl")), save_steps=2, loss="ranknet",
+        eval_data=str(path.with_suffix(".eval.jsonl")), save_steps=2, loss="ranknet", max_length=20,
     )  # fmt: skip
     path.write_text(to_yaml(keys))
     return path
