@@ -149,7 +149,7 @@ def test_answers_of_an_llm(tmp_path):
     assert report.notes["answers ok"] == report.notes["answers missing_documents"] == 1
     assert str(load_data(source, seed=0).report).endswith("1 answers missing_documents, 1 answers wrong_format")
     for wrong, sentence in (
-        ({"lists": source["lists"], "permutation_policy": "drop"}, "needs permutations"),
+        ({"lists": source["lists"], "permutation_policy": "drop"}, "needs rows with answers, or permutations"),
         (
             {"run": "a", "queries": "b", "documents": "c", "targets": "rank", "permutation_policy": "drop"},
             "needs lists",
