@@ -372,7 +372,7 @@ def test_a_killed_run_ends_like_one_that_never_stopped(checkpoint, tmp_path):
     for folder in (whole, killed):
         with safe_open(folder / STATE_FILE, "pt") as file:
             progress.append(json.loads(file.metadata()["progress"]) | {"second_sum": 0})
-    assert progress[0] == progress[1] and progress[0]["pairs_cut"] > 0
+    assert progress[0] == progress[1] and progress[0]["pairs_truncated"] > 0
     for left, right in zip(*(map(json.loads, (f / "log.jsonl").open()) for f in (whole, killed)), strict=True):
         for record in (left, right):
             record.pop("pairs_per_second", None)

@@ -103,7 +103,7 @@ def _run(
         report.record({"step": 0, "ndcg_at_10": evaluation.ndcg_at_10(trainer.scores(evaluation.lists))})
     trainer.num_lists_without_terms = progress.lists_without_terms
     writes = trainer.processes.is_first
-    trainer.num_truncated = progress.pairs_cut if writes else 0
+    trainer.num_truncated = progress.pairs_truncated if writes else 0
     waiting: list[_Late] = []  # losses that are not read yet
     with Ahead(lambda number: trainer.prepare(feed.step(number)), range(progress.step, num_steps)) as ahead:
         while progress.step < num_steps:
@@ -144,7 +144,7 @@ def _run(
             if len(record) > 1:
                 report.record(record)
             if saves:
-                progress.pairs_cut = _in_all_processes(trainer)
+                progress.pairs_truncated = _in_all_processes(trainer)
             if writes and saves and math.isfinite(progress.loss_sum):
                 save_state(folder, trainer.model, trainer.optimizer, progress)
     if trainer.num_lists_without_terms:

@@ -30,7 +30,7 @@ class Progress:
     best_measure: float | None = None
     best_step: int | None = None
     lists_without_terms: int = 0
-    pairs_cut: int = 0
+    pairs_truncated: int = 0
     data_fingerprint: str = ""
     loss_sum: float = 0.0
     pair_sum: int = 0
