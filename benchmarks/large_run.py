@@ -1,7 +1,7 @@
 """The memory of training on a large run: python benchmarks/large_run.py [--num_queries 500000] [--folder FOLDER].
 
 Writes a run of 100 rows a query (500,000 queries: 1.8 GB) and one of 500 queries, trains 20 steps on each in a process
-of its own, with nothing in the cache, and prints one JSON object: MB of each run and the most MiB that the process held.
+of its own, with nothing in the cache, and prints one JSON object: MB of each run and the most MiB that a process held.
 """
 
 from __future__ import annotations
