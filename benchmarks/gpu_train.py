@@ -4,6 +4,7 @@ the hours that the whole recipe would take."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import tempfile
@@ -17,6 +18,7 @@ from gpu_models import checkpoint, texts
 from timing import Comparison, Contender
 
 from fastrank.train import TrainConfig
+from fastrank.train.feed import Ahead
 from fastrank.train.trainer import Trainer
 
 # Stage: loss, documents of a list, pairs of the whole stage in the recipe, and lists of a step by shape: as many as the
@@ -97,18 +99,9 @@ def compare(shape: str, stage: str, device: str, data: Path | None, dry_run: boo
     folder, loss = checkpoint(shape, data, dry_run), STAGES[stage][0]
     step_lists = lists_of(stage, shape, lists, dry_run)
     num_pairs = sum(len(one.documents) for one in step_lists)
-    trainer = Trainer(
-        TrainConfig(
-            model=str(folder),
-            train_data=step_lists,
-            output_dir=tempfile.mkdtemp(),
-            loss=loss,
-            device=device,
-            max_length=MAX_LENGTH,
-            dropout=0.0,
-            per_device_train_batch_size=len(step_lists),
-        )
-    )
+    options = {"device": device, "max_length": MAX_LENGTH, "dropout": 0.0, "loss": loss}
+    options |= {"per_device_train_batch_size": len(step_lists), "output_dir": tempfile.mkdtemp()}
+    config = TrainConfig(model=str(folder), train_data=step_lists, **options)
     steps = itertools.count()
     loop = PaddedLoop(folder, device, loss)
     expected = float(loop.step(step_lists, 64, update=False))
@@ -117,7 +110,13 @@ def compare(shape: str, stage: str, device: str, data: Path | None, dry_run: boo
         right = abs(float(value) - expected) < 0.05 * abs(expected) + 0.01
         return None if right else f"loss {float(value):.4f} instead of {expected:.4f}"
 
-    made = [Contender("fastrank", lambda: trainer.step(step_lists, next(steps)), num_pairs, ours=True, check=check)]
+    trainer = Trainer(config)
+    numbers = Ahead(lambda _: trainer.prepare(step_lists), itertools.count())  # as in training
+    ours = Contender("fastrank", lambda: trainer.step(next(numbers), next(steps)), num_pairs, ours=True, check=check)
+    bare = Trainer(dataclasses.replace(config, cuda_graphs=False))  # graphs hold their memory all the time
+    bare.step(step_lists, 0)
+    ours.memory_run = functools.partial(bare.step, step_lists, 1)
+    made = [ours]
     for size in (8,) if dry_run else (64, 256, 512):
         checked: list[int] = []
 
@@ -135,7 +134,8 @@ def compare(shape: str, stage: str, device: str, data: Path | None, dry_run: boo
         except torch.cuda.OutOfMemoryError as error:
             one.failure = str(error)[:80]
     # Several steps a round, as in training: the host may run ahead.
-    Comparison(title, "pairs", made, [], device).measure(
-        2 if dry_run else 4, memory=not dry_run, shortest_round=0 if dry_run else 0.2
-    )
+    with numbers:
+        Comparison(title, "pairs", made, [], device).measure(
+            2 if dry_run else 4, memory=not dry_run, shortest_round=0 if dry_run else 0.2
+        )
     return made[0].rate if made[0].durations else math.nan

@@ -55,6 +55,7 @@ class Contender:
     durations: list[float] = field(default_factory=list)  # of one run each, in seconds
     repeats: int = 1  # runs in a round, whose mean is a duration
     peak_extra_bytes: int | None = None  # memory that one run takes above what is there before it
+    memory_run: Callable[[], object] | None = None  # that run, where `run` holds its memory all the time
     failure: str = ""  # why there is no time: not installed, or WRONG
     launches_hidden: bool = False  # on a GPU: a round is queued as a whole before it begins, which times kernels alone
     head_start: float = 0.001  # seconds that the GPU is kept busy for meanwhile; grows to what the host needs
@@ -73,7 +74,7 @@ class Contender:
 
     def let_go(self) -> None:
         """Drops the models and tensors that it holds, which would stay until the report."""
-        self.run, self.check = _measured, _measured
+        self.run, self.check, self.memory_run = _measured, _measured, None
 
 
 @dataclass
@@ -142,7 +143,7 @@ class Comparison:
         one.durations.append(self._hidden_seconds(one) if hides else self._seconds(one.run, one.repeats))
 
     def _measure_memory(self, one: Contender) -> None:
-        one.peak_extra_bytes = _peak_extra_bytes(one.run, self.device)
+        one.peak_extra_bytes = _peak_extra_bytes(one.memory_run or one.run, self.device)
 
     def _seconds(self, run: Callable[[], object], repeats: int) -> float:
         """The mean of so many runs, one straight after another."""

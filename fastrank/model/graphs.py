@@ -10,6 +10,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,8 +19,10 @@ from torch import Tensor
 from fastrank.model.gpu_layers import state_of
 from fastrank.packing import PackedBatch, plan_batches
 
+Made = TypeVar("Made")
+
 MOST_TOKENS = 16384  # of a bucket: larger batches keep a GPU busy without a graph
-TOKEN_STEP, PAIR_STEP = 1024, 32
+TOKEN_STEP, PAIR_STEP = 1024, 32  # the least; buckets of many tokens lie up to a sixteenth apart
 ONE_SHAPE = 8192, 512  # tokens and pairs of a batch where all have one shape, at least
 MOST_GRAPHS = 64
 LONGEST = (32, 64, 128, 256, 512)  # where attention changes its kernels
@@ -34,18 +37,19 @@ class Bucket:
     longest: int
 
 
-def find_bucket(num_tokens: int, num_pairs: int, longest: int) -> Bucket | None:
+def find_bucket(num_tokens: int, num_pairs: int, longest: int, *, most_tokens: int = MOST_TOKENS) -> Bucket | None:
     """The least bucket for a batch: with room for at least one more pair, a token for each pair that fills it up, and
     pairs enough to hold the tokens that do. None for a batch that is too large, or empty."""
     end = next((one for one in LONGEST if longest <= one), None)
-    if end is None or not num_pairs or num_tokens > MOST_TOKENS:
+    if end is None or not num_pairs or num_tokens > most_tokens:
         return None
+    step = max(TOKEN_STEP, 2 ** (num_tokens.bit_length() - 5))
     pairs = _up(num_pairs + 1, PAIR_STEP)
-    tokens = _up(num_tokens + pairs - num_pairs, TOKEN_STEP)
+    tokens = _up(num_tokens + pairs - num_pairs, step)
     missing_pairs = -(-(tokens - num_tokens) // end)
     if missing_pairs > pairs - num_pairs:
         pairs = _up(num_pairs + missing_pairs, PAIR_STEP)
-        tokens = max(tokens, _up(num_tokens + pairs - num_pairs, TOKEN_STEP))
+        tokens = max(tokens, _up(num_tokens + pairs - num_pairs, step))
     return Bucket(tokens, pairs, end)
 
 
@@ -151,15 +155,26 @@ class Graphs:
 
     def _record(self, filled: PackedBatch) -> tuple[torch.cuda.CUDAGraph, PackedBatch, Tensor]:
         inputs = filled.to(self._device)
-        self._score(inputs)  # what is made once must not be made while it is recorded, nor on a stream of its own
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            self._score(inputs)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads may go on allocating meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            scores = self._score(inputs)
+        run_before_recording(lambda: self._score(inputs))
+        graph, scores = record(lambda: self._score(inputs), self._pool)
         self._pool = self._pool or graph.pool()
         return graph, inputs, scores
+
+
+def run_before_recording(run: Callable[[], object]) -> None:
+    """What is made once must not be made while it is recorded, nor on a stream of its own."""
+    run()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+
+
+def record(run: Callable[[], Made], pool: object) -> tuple[torch.cuda.CUDAGraph, Made]:
+    """A graph of what run() does on the GPU, in the memory of `pool` (of its own for None), and what run() returned."""
+    graph = torch.cuda.CUDAGraph()
+    # Other threads may go on allocating meanwhile.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        made = run()
+    return graph, made

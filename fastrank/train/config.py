@@ -27,7 +27,7 @@ PRECISIONS = {"auto": "auto", "float32": "float32", "fp32": "float32", "bf16": "
 BY_DEVICE = ("max_batch_tokens", "precision")  # keys whose default the device decides
 # Keys that may change between a run and its resumption: none of them changes a weight.
 RESUMABLE = ("resume", "overwrite", "dry_run", "save_steps", "logging_steps", "num_threads", "output_dir",
-             "gradient_checkpointing")  # fmt: skip
+             "gradient_checkpointing", "cuda_graphs")  # fmt: skip
 
 
 @dataclass
@@ -63,6 +63,9 @@ class TrainConfig:
             the cut, so give it where a run is to be repeated on another GPU.
         gradient_checkpointing: Keep only what goes into each layer, and compute it again in the backward pass: a third
             more work, far less memory, the same gradients.
+        cuda_graphs: On a GPU, record the passes of a bucket of like batches when it comes the third time, and replay
+            them: a small model's kernels run faster than Python starts them. Graphs keep the memory of the largest
+            pass that they hold.
         max_length: Tokens of a pair, special tokens included; default: what model and tokenizer allow.
         max_query_tokens: Query tokens kept, before the pair is truncated.
         max_document_tokens: Document tokens kept, before the pair is truncated.
@@ -106,6 +109,7 @@ class TrainConfig:
     gradient_accumulation_steps: int = 1
     max_batch_tokens: int | None = None
     gradient_checkpointing: bool = False
+    cuda_graphs: bool = True
     max_length: int | None = None
     max_query_tokens: int | None = None
     max_document_tokens: int | None = None

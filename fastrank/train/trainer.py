@@ -23,10 +23,11 @@ from fastrank.data import RankingList
 from fastrank.losses import Loss, WeightedSum, count_terms, resolve_loss
 from fastrank.model import CrossEncoder
 from fastrank.model.settings import Settings
-from fastrank.packing import Pair, pack_lists, plan_chunks, send_together
+from fastrank.packing import Pair, pack_pairs, plan_chunks, send_together
 from fastrank.reranker import Reranker, default_dtype, find_device, load_parts
 
 from .config import TrainConfig
+from .passes import GoBack, Passes, Update
 from .processes import Processes
 
 __all__ = ["Prepared", "Trainer"]
@@ -104,6 +105,16 @@ class Trainer:
         self.model.encoder.recomputes = config.gradient_checkpointing
         _freeze(self.model, config.freeze_layers)
         self.optimizer = self._make_optimizer()
+        # What fills a batch up may be any token but padding, from whose place RoBERTa counts on.
+        self._model_passes = Passes(
+            self.model,
+            self.device,
+            filler=(self.model.settings.first_position, 0),
+            uses_graphs=config.cuda_graphs and not config.gradient_checkpointing,
+        )
+        self._update = Update(
+            self.model, self.optimizer, config.max_grad_norm, uses_graphs=self._model_passes.uses_graphs
+        )
         self.num_lists_without_terms = self.num_truncated = 0  # in all steps; truncated pairs in this process
         self._reranker = Reranker.from_parts(self.model, self.tokenizer, max_batch_tokens=self.max_batch_tokens)
 
@@ -169,10 +180,8 @@ class Trainer:
             ValueError: A score that is NaN, naming its pair (checked on a CPU only), or what the loss refuses.
         """
         made = lists if isinstance(lists, Prepared) else self.prepare(lists)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * rate_factor
         self.model.train()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._model_passes.clear_gradients()
         self.num_lists_without_terms += made.num_without_terms
         self.num_truncated += made.num_truncated
         own = self.processes.share(made.lists)
@@ -182,9 +191,7 @@ class Trainer:
         else:
             loss = self._backward_of_whole_step(own, made.encoded, made.labels, number)
         self.processes.sum_gradients(self.model.parameters())
-        if self.config.max_grad_norm > 0:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
-        self.optimizer.step()
+        self._update(rate_factor)
         return loss
 
     def _backward(
@@ -197,15 +204,21 @@ class Trainer:
         for chunk in plan_chunks(sizes, budget) if num_terms is not None else [range(len(lists))]:
             part = [[values[i] for i in chunk] for values in (lists, encoded, labels)]
             if sum(sizes[i] for i in chunk) <= budget:
-                scores = self._scores(part[1], number, num_passes)
+                scores, go_back = self._forward(part[1], number, num_passes)
                 num_passes += 1
                 self._refuse_nan(scores, part[0])
-                value = self._loss(scores, part[2], num_terms)
-                value.backward()
+                value, gradient = self._loss_and_gradient(scores, part[2], num_terms)
+                go_back(gradient)
             else:
                 value, num_passes = self._backward_in_two_passes(*part, num_terms, number, num_passes)
-            loss = loss + value.detach()
+            loss = loss + value
         return loss
+
+    def _loss_and_gradient(self, scores: Tensor, labels: list[Tensor], num_terms: int | None) -> tuple[Tensor, Tensor]:
+        """Of scores (pairs,) that are a leaf."""
+        loss = self._loss(scores.requires_grad_(), labels, num_terms)
+        (gradient,) = torch.autograd.grad(loss, scores)
+        return loss.detach(), gradient
 
     def _loss(self, scores: Tensor, labels: list[Tensor], num_terms: int | None) -> Tensor:
         arguments = scores, *send_together((torch.cat(labels), _offsets(labels)), self.device)
@@ -219,8 +232,7 @@ class Trainer:
         """first: index of the first pass. Returns the loss and the index after the last pass."""
         passes = self._passes(encoded)
         scores = self._score_passes(lists, passes, number, first)
-        loss = self._loss(scores.requires_grad_(), labels, num_terms)
-        (gradient,) = torch.autograd.grad(loss, scores)
+        loss, gradient = self._loss_and_gradient(scores, labels, num_terms)
         self._backward_passes(passes, gradient, number, first)
         return loss, first + len(passes)
 
@@ -233,12 +245,11 @@ class Trainer:
         scores = self._score_passes(own, passes, number, 0) if passes else torch.zeros(0, device=self.device)
         parts = self.processes.gather([part.cpu() for part in scores.split([len(one) for one in encoded])])
         whole = torch.cat(parts).to(self.device)
-        loss = self._loss(whole.requires_grad_(), labels, None)
-        (gradient,) = torch.autograd.grad(loss, whole)
+        loss, gradient = self._loss_and_gradient(whole, labels, None)
         slopes = self.processes.share(gradient.split([len(part) for part in parts]))
         if passes:
             self._backward_passes(passes, torch.cat(slopes), number, 0)
-        return loss.detach()
+        return loss
 
     def _passes(self, encoded: list[list[Pair]]) -> list[list[Pair]]:
         """The pairs of all lists, cut for memory."""
@@ -248,21 +259,22 @@ class Trainer:
 
     def _score_passes(self, lists, passes: list[list[Pair]], number: int, first: int) -> Tensor:
         with torch.no_grad():
-            scores = torch.cat([self._scores([part], number, index) for index, part in enumerate(passes, first)])
+            scores = torch.cat([self._forward([part], number, index)[0] for index, part in enumerate(passes, first)])
         self._refuse_nan(scores, lists)
         return scores
 
     def _backward_passes(self, passes: list[list[Pair]], gradient: Tensor, number: int, first: int) -> None:
         slopes = gradient.split([len(part) for part in passes])
         for index, (part, slope) in enumerate(zip(passes, slopes, strict=True), first):
-            self._scores([part], number, index).backward(slope)
+            _, go_back = self._forward([part], number, index)
+            go_back(slope)
 
-    def _scores(self, encoded: list[list[Pair]], number: int, index: int) -> Tensor:
+    def _forward(self, encoded: list[list[Pair]], number: int, index: int) -> tuple[Tensor, GoBack]:
         # Dropout's masks follow from where the pass stands in the run, so a resumed run draws the same ones.
         place = f"{self.config.seed} {number} {index}" + (f" {self.processes.rank}" if self.processes.rank else "")
         digest = hashlib.blake2b(place.encode(), digest_size=8).digest()
-        torch.manual_seed(int.from_bytes(digest, "little") >> 1)
-        return self.model.score(pack_lists(encoded).to(self.device))
+        pairs = [pair for one in encoded for pair in one]
+        return self._model_passes.forward(pack_pairs(pairs), int.from_bytes(digest, "little") >> 1)
 
     def _refuse_nan(self, scores: Tensor, lists: Sequence[RankingList]) -> None:
         if scores.device.type != "cpu" or not torch.isnan(scores).any():
@@ -284,11 +296,13 @@ class Trainer:
         self.model.train()
         for _ in range(2):  # the first one makes what is made once
             started = time.perf_counter()
-            self._scores([[pairs[i] for i in first]], 0, 0).sum().backward()
+            self._model_passes.clear_gradients()
+            scores, go_back = self._forward([[pairs[i] for i in first]], 0, 0)
+            go_back(torch.ones_like(scores))
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             seconds = time.perf_counter() - started
-        self.optimizer.zero_grad(set_to_none=True)
+        self._model_passes.clear_gradients()
         return sum(len(pairs[i][0]) for i in first), seconds
 
     def peak_memory(self) -> int:

@@ -129,7 +129,8 @@ def p_listmle(scores: Tensor, labels: Tensor, *, temperature: float) -> Tensor:
     """ListMLE whose documents weigh 2^(n - rank) - 1, normalised to sum 1; ranks by label, averaged over ties.
     Lan et al. 2014."""
     rank = ranks(labels, "average").to(scores.dtype)
-    weights = torch.exp2(-rank) - torch.exp2(-torch.full_like(rank, len(rank)))
+    best = rank.min() if len(rank) else 0  # of many tied documents it is large, and 2^-rank nothing in float32
+    weights = torch.exp2(best - rank) - torch.exp2(best - torch.full_like(rank, len(rank)))
     weights = weights / weights.sum().clamp(min=torch.finfo(scores.dtype).tiny)
     return (weights * _drawn_too_late(scores / temperature, labels)).sum()
 

@@ -1,0 +1,190 @@
+"""Passes of a training step over the model, forward and backward, and the update of its weights.
+
+On a GPU each is a CUDA graph where it can be: of a small model Python and the driver start the kernels more slowly than
+the GPU runs them. There a batch is filled up to a bucket, whether graphs are used or not, so that dropout draws the
+same masks; what fills it up has no part in the loss, and its gradients are zero.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastrank.model import CrossEncoder
+from fastrank.model.gpu_layers import can_run
+from fastrank.model.graphs import Bucket, fill, find_bucket, record, run_before_recording
+from fastrank.packing import PackedBatch
+
+__all__ = ["Passes", "Update"]
+
+MOST_TOKENS = 131072  # of a pass by graphs: more keep a GPU busy without
+MOST_GRAPHS = 48
+UNRECORDED = 2  # passes of a bucket, and updates, before a graph of them is recorded: it takes some tenths of a second
+
+GoBack = Callable[[Tensor], None]
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """The graphs of a bucket, and the places that they read from and write to."""
+
+    forward: torch.cuda.CUDAGraph
+    backward: torch.cuda.CUDAGraph
+    inputs: PackedBatch
+    scores: Tensor
+    slopes: Tensor
+
+
+class Passes:
+    """Scores batches, and adds to the gradients of the model's weights what the gradients of the scores make of them.
+
+    Args:
+        model: Which weights learn must not change any more.
+        device: Where it lies.
+        filler: Token id and token type of what fills a batch up.
+        uses_graphs: Not where layers compute again what they gave away, which reads the generator's state back.
+    """
+
+    def __init__(self, model: CrossEncoder, device: torch.device, *, filler: tuple[int, int], uses_graphs: bool = True):
+        self._model, self._device, self._filler = model, device, filler
+        self._learning = [one for one in model.parameters() if one.requires_grad]
+        encoder = model.encoder
+        self._fills = device.type == "cuda" and can_run(encoder.layers, device.type, encoder.precision)
+        self.uses_graphs = uses_graphs and self._fills
+        self._met: Counter[Bucket] = Counter()
+        self._recorded: dict[Bucket, _Recorded] = {}
+        self._pool = None
+        self._replays = 0
+
+    def clear_gradients(self) -> None:
+        """To be called before the first pass of a step."""
+        if not self.uses_graphs:
+            for one in self._learning:
+                one.grad = None
+        elif self._learning:
+            if self._learning[0].grad is None:  # graphs add to what lies there
+                for one in self._learning:
+                    one.grad = torch.empty_like(one)
+            torch._foreach_zero_([one.grad for one in self._learning])
+
+    def forward(self, batch: PackedBatch, seed: int) -> tuple[Tensor, GoBack]:
+        """Scores (pairs,) of a batch that lies on the CPU, and what takes their gradient (pairs,) and adds to those of
+        the weights: to be called at most once, before the next forward, and not where gradients are disabled.
+
+        seed: of dropout's masks.
+        """
+        bucket = self._find_bucket(batch)
+        if bucket is None:
+            torch.manual_seed(seed)
+            scores = self._model.score(batch.to(self._device))
+            return scores.detach(), lambda slopes: self._add_gradients(scores, slopes)
+        filled = fill(batch, bucket, self._filler)
+        if self.uses_graphs:
+            if bucket not in self._recorded and self._met[bucket] >= UNRECORDED and len(self._recorded) < MOST_GRAPHS:
+                self._try_to_record(bucket, filled)
+            self._met[bucket] += 1
+        torch.manual_seed(seed)
+        recorded = self._recorded.get(bucket)
+        if recorded is None:
+            scores = self._model.score(filled.to(self._device))
+            return scores.detach()[: batch.num_pairs], lambda slopes: self._add_gradients(
+                scores, torch.cat([slopes, slopes.new_zeros(bucket.num_pairs - len(slopes))])
+            )
+        filled.copy_to(recorded.inputs)
+        recorded.forward.replay()
+        self._replays += 1
+        number = self._replays
+
+        def go_back(slopes: Tensor) -> None:
+            if number != self._replays:
+                raise RuntimeError("Another batch has been scored since: graphs share their memory.")
+            recorded.slopes[: len(slopes)].copy_(slopes)
+            recorded.slopes[len(slopes) :].zero_()
+            recorded.backward.replay()
+
+        return recorded.scores[: batch.num_pairs].clone(), go_back
+
+    def _find_bucket(self, batch: PackedBatch) -> Bucket | None:
+        if not self._fills:
+            return None
+        bucket = find_bucket(batch.num_tokens, batch.num_pairs, batch.max_pair_tokens, most_tokens=MOST_TOKENS)
+        return None if bucket is None or bucket.longest > self._model.max_pair_tokens else bucket
+
+    def _add_gradients(self, scores: Tensor, slopes: Tensor) -> None:
+        if not self.uses_graphs:
+            scores.backward(slopes)
+            return
+        found = torch.autograd.grad(scores, self._learning, slopes)
+        torch._foreach_add_([one.grad for one in self._learning], found)
+
+    def _try_to_record(self, bucket: Bucket, filled: PackedBatch) -> None:
+        try:
+            with torch.enable_grad():
+                self._recorded[bucket] = self._record(filled)
+        except torch.cuda.OutOfMemoryError:  # a graph's memory is its own, beside what passes without one have used
+            self._met[bucket] = -(2**31)
+
+    def _record(self, filled: PackedBatch) -> _Recorded:
+        inputs = filled.to(self._device)
+        gradients = [one.grad for one in self._learning]
+
+        def both() -> None:
+            scores = self._model.score(inputs)
+            torch.autograd.grad(scores, self._learning, torch.zeros_like(scores))
+
+        run_before_recording(both)
+        torch.cuda.empty_cache()
+        forward, scores = record(lambda: self._model.score(inputs), self._pool)
+        self._pool = self._pool or forward.pool()
+        slopes = torch.zeros_like(scores)
+
+        def go_back() -> None:
+            torch._foreach_add_(gradients, torch.autograd.grad(scores, self._learning, slopes))
+
+        backward, _ = record(go_back, self._pool)
+        return _Recorded(forward, backward, inputs, scores.detach(), slopes)
+
+
+class Update:
+    """An optimizer's step with clipped gradients; as a graph where `uses_graphs` says so, from the third time on.
+
+    Each of the optimizer's groups has its learning rate at its peak in "peak".
+    """
+
+    def __init__(
+        self, model: CrossEncoder, optimizer: torch.optim.Optimizer, max_grad_norm: float, *, uses_graphs: bool
+    ):
+        self._learning = [one for one in model.parameters() if one.requires_grad]
+        self._optimizer, self._max_grad_norm = optimizer, max_grad_norm
+        self._uses_graphs, self._graph, self._count = uses_graphs, None, 0
+        self._peaks = torch.tensor([group["peak"] for group in optimizer.param_groups], dtype=torch.float64)
+        self._rates = None
+        if uses_graphs:  # which read the rates from where they lie
+            self._rates = self._peaks.float().to(self._learning[0].device)
+            for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
+                group["lr"], group["capturable"] = rate, True
+
+    def __call__(self, rate_factor: float) -> None:
+        """rate_factor: share of the peak rates."""
+        rates = self._peaks * rate_factor
+        if self._rates is None:
+            for group, rate in zip(self._optimizer.param_groups, rates.tolist(), strict=True):
+                group["lr"] = rate
+        else:
+            self._rates.copy_(rates.float().pin_memory(), non_blocking=True)
+        self._count += 1
+        if self._uses_graphs and self._graph is None and self._count > UNRECORDED:
+            self._graph, _ = record(self._run, None)  # the first runs have made the moments
+        if self._graph is None:
+            self._run()
+        else:
+            self._graph.replay()
+
+    def _run(self) -> None:
+        if self._max_grad_norm > 0:
+            torch.nn.utils.clip_grad_norm_(self._learning, self._max_grad_norm)
+        self._optimizer.step()
