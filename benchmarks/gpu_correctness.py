@@ -189,7 +189,7 @@ def graphs_agree(device: str) -> None:
         filler = model.settings.first_position, 0
         given = {"longest": model.max_pair_tokens, "filler": filler, "parameters": list(model.parameters())}
         graphs = Graphs(model.score, torch.device(device), **given, unrecorded=1)
-        kinds = [90] * 10, [120, 30, 64] * 33, [8], [90] * 11, [500, 40]
+        kinds = [90] * 10, [120, 30, 64] * 33, [8], [90] * 11, [500, 40], [100, 60, 200, 20] * 170
         found, expected = [], []
         for number, lengths in enumerate((*kinds, *kinds[::-1])):  # the second time with other ids, graphs interleaved
             batch = batch_of(lengths, model.settings.vocab_size, "cpu", seed=number)
@@ -202,38 +202,33 @@ def graphs_agree(device: str) -> None:
 
 def graphs_train_alike(device: str) -> None:
     """Scores, gradients and weights of several steps with dropout, two passes a step, batches of several buckets."""
-    from fastrank.train import passes
+    from fastrank.train.passes import Passes, Update
 
-    def steps(unrecorded: int) -> Iterator[list[Tensor]]:
-        passes.UNRECORDED = unrecorded
+    def steps(*, by_graphs: bool) -> Iterator[list[Tensor]]:
         model = make_model("MiniLM-L6", dropout=0.1).to(device).to_precision("bf16").train()
         parameters = list(model.parameters())
         optimizer = torch.optim.AdamW([{"params": parameters, "peak": 1e-6}], fused=True)
-        one = passes.Passes(model, torch.device(device), filler=(model.settings.first_position, 0))
-        update = passes.Update(model, optimizer, 1.0, uses_graphs=one.uses_graphs)
-        assert one.uses_graphs
+        given = {"filler": (model.settings.first_position, 0), "uses_graphs": by_graphs, "unrecorded": 1}
+        passes = Passes(model, torch.device(device), **given)
+        update = Update(model, optimizer, 1.0, uses_graphs=by_graphs)
         for number in range(8):
-            one.clear_gradients()
+            passes.clear_gradients()
             found = []
             for index, lengths in enumerate(([90 + number] * 10, [120, 30, 64] * 33)):
                 batch = batch_of(lengths, model.settings.vocab_size, "cpu", seed=number)
-                scores, go_back = one.forward(batch, 10 * number + index)
+                scores, go_back = passes.forward(batch, 10 * number + index)
                 go_back(torch.linspace(-1, 1, len(scores), device=device))
                 found.append(scores.clone())
             gradients = [parameter.grad.clone() for parameter in parameters]
             update(1 - number / 10)
             yield [*found, *gradients, *(parameter.detach().clone() for parameter in parameters)]
-        assert bool(one._recorded) == (update._graph is not None) == (unrecorded < 8)
+        assert bool(passes._recorded) == (update._graph is not None) == by_graphs, "graphs, where there should be none"
 
-    before = passes.UNRECORDED
-    try:
-        for number, (found, expected) in enumerate(zip(steps(2), steps(99), strict=True)):
-            for place, (actual, truth) in enumerate(zip(found, expected, strict=True)):
-                # Other masks would show in the first digit; cuBLAS may choose other products for a graph.
-                apart = float((actual - truth).norm() / (truth.norm() + 1e-12))
-                assert apart < 0.01, f"step {number}, tensor {place} is off by {apart:.2g}"
-    finally:
-        passes.UNRECORDED = before
+    for number, (found, expected) in enumerate(zip(steps(by_graphs=True), steps(by_graphs=False), strict=True)):
+        for place, (actual, truth) in enumerate(zip(found, expected, strict=True)):
+            # Other masks would show in the first digit; cuBLAS may choose other products for a graph.
+            apart = float((actual - truth).norm() / (truth.norm() + 1e-12))
+            assert apart < 0.01, f"step {number}, tensor {place} is off by {apart:.2g}"
 
 
 def whole_model(shape: str, device: str, dry_run: bool) -> None:

@@ -148,11 +148,22 @@ def plan_batches(lengths: Sequence[int] | np.ndarray, max_batch_tokens: int) -> 
     return [order[start:stop] for start, stop in _cut_by_budget(lengths[order], max_batch_tokens)]
 
 
+def plan_even_batches(lengths: Sequence[int] | np.ndarray, max_batch_tokens: int) -> list[np.ndarray]:
+    """Cuts pairs into batches of about equally many tokens, neighbours together, so that what a batch looks like
+    depends little on which one it is. Arguments and result as in plan_batches(); in a batch the longest come first."""
+    lengths = np.asarray(lengths, dtype=np.int64)
+    if not lengths.sum():
+        return plan_batches(lengths, max_batch_tokens)
+    count = -(-int(lengths.sum()) // max(1, max_batch_tokens))
+    budget = min(max_batch_tokens, -(-int(lengths.sum()) // count) + int(lengths.max()))
+    return [start + np.argsort(-lengths[start:stop], kind="stable") for start, stop in _cut_by_budget(lengths, budget)]
+
+
 def restore_order(plan: Sequence[np.ndarray], values: Sequence[np.ndarray]) -> np.ndarray:
     """Puts the values of planned batches back into the caller's order.
 
     Arguments:
-        plan: what `plan_batches` returned.
+        plan: what `plan_batches` or `plan_even_batches` returned.
         values: float32 (pairs of the batch,) for each batch.
 
     Returns float32 (pairs,).

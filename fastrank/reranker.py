@@ -25,8 +25,8 @@ from fastrank.checkpoint import WEIGHT_FILES, load_model, score_activation
 from fastrank.command_line import MAX_THREADS
 from fastrank.model import CrossEncoder
 from fastrank.model.gpu_layers import can_run
-from fastrank.model.graphs import Bucket, Graphs, fill, plan_one_shape
-from fastrank.packing import PackedBatch, Pair, pack_pairs, plan_batches, restore_order
+from fastrank.model.graphs import MOST_TOKENS, Bucket, Graphs, fill, plan_one_shape
+from fastrank.packing import PackedBatch, Pair, pack_pairs, plan_batches, plan_even_batches, restore_order
 from fastrank.quantized import FILE as INT8_FILE
 from fastrank.quantized import load_int8
 from fastrank.ranking import RankedDocument, Ranking, describe, document_id, document_text
@@ -39,7 +39,9 @@ DEFAULT_MODEL = "cross-encoder/ms-marco-MiniLM-L6-v2"
 DEFAULT_MAX_BATCH_TOKENS = 2048  # on a CPU
 # Of a batch on a GPU: small models need more tokens to keep it busy while Python launches kernels.
 HIDDEN_NUMBERS = 2**26
-PART_PAIRS = 8192  # that a GPU is given at once: enough for several batches of one length each
+# Pairs that a GPU is given at once: enough for several batches of one length each; with graphs, which start at once, no
+# more than keep it busy while the next ones are tokenized.
+PART_PAIRS, PART_PAIRS_BY_GRAPHS = 8192, 1024
 DTYPES = {
     "float32": "float32",
     "fp32": "float32",
@@ -79,9 +81,9 @@ class Reranker:
             in a batch of its own, about 1.6 times slower for passages of 80 tokens; on a GPU every batch is filled up
             to one shape, at least 8,192 tokens in 512 pairs, which costs a single query the most. Without it the same
             call with the same number of threads gives the same bits.
-        cuda_graphs: on a GPU, record the forward of batches of up to 16,384 tokens, in buckets of 1,024, and replay it,
-            which single queries gain from: True the first time that a bucket is met, which takes some tenths of a
-            second, False never; default: the third time, in half precision.
+        cuda_graphs: on a GPU, record the forward of batches of up to 65,536 tokens, in buckets of like batches, and
+            replay it, which starts faster than kernels one by one: True the first time that a bucket is met, which
+            takes some tenths of a second, False never; default: the third time, in half precision.
         revision, token, local_files_only: as in transformers.
 
     A document's score depends on its pair alone, not on the other documents of the call, up to rounding: products of
@@ -305,13 +307,13 @@ class Reranker:
         return scores
 
     def _parts(self, documents: list[list[str]]) -> list[range]:
-        """Whole lists that are tokenized at once: all of them on a CPU, at least PART_PAIRS pairs on a GPU."""
+        """Whole lists that are tokenized at once: all of them on a CPU, at least so many pairs on a GPU."""
         if self.device.type == "cpu":
             return [range(len(documents))]
         parts, start, size = [], 0, 0
         for i, texts in enumerate(documents):
             size += len(texts)
-            if size >= PART_PAIRS:
+            if size >= (PART_PAIRS if self._graphs is None else PART_PAIRS_BY_GRAPHS):
                 parts.append(range(start, i + 1))
                 start, size = i + 1, 0
         return [*parts, range(start, len(documents))]
@@ -346,6 +348,8 @@ class Reranker:
         shape = None
         if self.deterministic and self.device.type == "cuda":
             plan, shape = plan_one_shape(lengths, self.model.max_pair_tokens)
+        elif self._graphs is not None and not self.deterministic:
+            plan = plan_even_batches(lengths, min(self.max_batch_tokens, MOST_TOKENS))
         else:
             plan = plan_batches(lengths, 1 if self.deterministic else self.max_batch_tokens)
         with torch.inference_mode(), _cpu_threads(self.num_threads):

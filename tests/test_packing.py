@@ -5,7 +5,15 @@ import pytest
 import torch
 
 from fastrank import packing
-from fastrank.packing import PackedBatch, pack_lists, pack_pairs, plan_batches, plan_chunks, restore_order
+from fastrank.packing import (
+    PackedBatch,
+    pack_lists,
+    pack_pairs,
+    plan_batches,
+    plan_chunks,
+    plan_even_batches,
+    restore_order,
+)
 
 
 def _random_pairs(rng, count, longest=40):
@@ -76,8 +84,24 @@ def test_plans_hold_every_pair_once_within_the_budget(budget):
     assert restored.dtype == np.float32 and restored.tolist() == values.tolist()
 
 
+@pytest.mark.parametrize("budget", [7, 100, 4000, 10**6])
+def test_even_batches_are_neighbours_of_about_equally_many_tokens(budget):
+    rng = np.random.default_rng(4)
+    lengths = rng.integers(1, 60, size=700)
+    plan = plan_even_batches(lengths, budget)
+    assert np.concatenate([np.sort(indices) for indices in plan]).tolist() == list(range(700))
+    sizes = np.array([lengths[indices].sum() for indices in plan])
+    assert all(size <= budget or len(indices) == 1 for size, indices in zip(sizes, plan, strict=True))
+    assert all((np.diff(lengths[indices]) <= 0).all() for indices in plan)
+    if budget == 4000:
+        assert len(plan) <= lengths.sum() / budget + 2 and sizes[:-1].min() > 0.9 * sizes.max()
+    if budget == 10**6:
+        assert len(plan) == 1
+
+
 def test_nothing_to_plan():
-    assert plan_batches([], 10) == [] and plan_chunks([], 10) == []
+    assert plan_batches([], 10) == [] and plan_chunks([], 10) == [] and plan_even_batches([], 10) == []
+    assert [list(indices) for indices in plan_even_batches([0, 0], 10)] == [[0, 1]]
     restored = restore_order([], [])
     assert restored.shape == (0,) and restored.dtype == np.float32
     with pytest.raises(ValueError, match="max_batch_tokens is 0"):

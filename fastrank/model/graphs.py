@@ -21,8 +21,8 @@ from fastrank.packing import PackedBatch, plan_batches
 
 Made = TypeVar("Made")
 
-MOST_TOKENS = 16384  # of a bucket: larger batches keep a GPU busy without a graph
-TOKEN_STEP, PAIR_STEP = 1024, 32  # the least; buckets of many tokens lie up to a sixteenth apart
+MOST_TOKENS = 65536  # of a batch: larger ones keep a GPU busy without a graph
+TOKEN_STEP, PAIR_STEP = 1024, 32  # the least; buckets of many tokens or pairs lie up to a sixteenth apart
 ONE_SHAPE = 8192, 512  # tokens and pairs of a batch where all have one shape, at least
 MOST_GRAPHS = 64
 LONGEST = (32, 64, 128, 256, 512)  # where attention changes its kernels
@@ -43,13 +43,15 @@ def find_bucket(num_tokens: int, num_pairs: int, longest: int, *, most_tokens: i
     end = next((one for one in LONGEST if longest <= one), None)
     if end is None or not num_pairs or num_tokens > most_tokens:
         return None
-    step = max(TOKEN_STEP, 2 ** (num_tokens.bit_length() - 5))
-    pairs = _up(num_pairs + 1, PAIR_STEP)
-    tokens = _up(num_tokens + pairs - num_pairs, step)
+    token_step, pair_step = (
+        max(least, 2 ** (count.bit_length() - 5)) for least, count in ((TOKEN_STEP, num_tokens), (PAIR_STEP, num_pairs))
+    )
+    pairs = _up(num_pairs + 1, pair_step)
+    tokens = _up(num_tokens + pairs - num_pairs, token_step)
     missing_pairs = -(-(tokens - num_tokens) // end)
     if missing_pairs > pairs - num_pairs:
-        pairs = _up(num_pairs + missing_pairs, PAIR_STEP)
-        tokens = max(tokens, _up(num_tokens + pairs - num_pairs, step))
+        pairs = _up(num_pairs + missing_pairs, pair_step)
+        tokens = max(tokens, _up(num_tokens + pairs - num_pairs, token_step))
     return Bucket(tokens, pairs, end)
 
 

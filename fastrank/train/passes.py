@@ -47,14 +47,24 @@ class Passes:
         device: Where it lies.
         filler: Token id and token type of what fills a batch up.
         uses_graphs: Not where layers compute again what they gave away, which reads the generator's state back.
+        unrecorded: How often a bucket goes without a graph at first.
     """
 
-    def __init__(self, model: CrossEncoder, device: torch.device, *, filler: tuple[int, int], uses_graphs: bool = True):
+    def __init__(
+        self,
+        model: CrossEncoder,
+        device: torch.device,
+        *,
+        filler: tuple[int, int],
+        uses_graphs: bool = True,
+        unrecorded: int = UNRECORDED,
+    ):
         self._model, self._device, self._filler = model, device, filler
         self._learning = [one for one in model.parameters() if one.requires_grad]
         encoder = model.encoder
         self._fills = device.type == "cuda" and can_run(encoder.layers, device.type, encoder.precision)
         self.uses_graphs = uses_graphs and self._fills
+        self._unrecorded = unrecorded
         self._met: Counter[Bucket] = Counter()
         self._recorded: dict[Bucket, _Recorded] = {}
         self._pool = None
@@ -84,7 +94,11 @@ class Passes:
             return scores.detach(), lambda slopes: self._add_gradients(scores, slopes)
         filled = fill(batch, bucket, self._filler)
         if self.uses_graphs:
-            if bucket not in self._recorded and self._met[bucket] >= UNRECORDED and len(self._recorded) < MOST_GRAPHS:
+            if (
+                bucket not in self._recorded
+                and self._met[bucket] >= self._unrecorded
+                and len(self._recorded) < MOST_GRAPHS
+            ):
                 self._try_to_record(bucket, filled)
             self._met[bucket] += 1
         torch.manual_seed(seed)
