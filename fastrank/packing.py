@@ -149,14 +149,12 @@ def plan_batches(lengths: Sequence[int] | np.ndarray, max_batch_tokens: int) -> 
 
 
 def plan_even_batches(lengths: Sequence[int] | np.ndarray, max_batch_tokens: int) -> list[np.ndarray]:
-    """Cuts pairs into batches of about equally many tokens, neighbours together, so that what a batch looks like
-    depends little on which one it is. Arguments and result as in plan_batches(); in a batch the longest come first."""
-    lengths = np.asarray(lengths, dtype=np.int64)
-    if not lengths.sum():
-        return plan_batches(lengths, max_batch_tokens)
-    count = -(-int(lengths.sum()) // max(1, max_batch_tokens))
-    budget = min(max_batch_tokens, -(-int(lengths.sum()) // count) + int(lengths.max()))
-    return [start + np.argsort(-lengths[start:stop], kind="stable") for start, stop in _cut_by_budget(lengths, budget)]
+    """plan_batches() into about equally many tokens, so that those of one call look like those of the next."""
+    total = int(np.sum(lengths))
+    if total and max_batch_tokens > 0:
+        even = -(-total // -(-total // max_batch_tokens))
+        max_batch_tokens = min(max_batch_tokens, even + int(np.max(lengths)))
+    return plan_batches(lengths, max_batch_tokens)
 
 
 def restore_order(plan: Sequence[np.ndarray], values: Sequence[np.ndarray]) -> np.ndarray:
