@@ -7,7 +7,8 @@ order is restored here; lists that are trained on keep their order and stay whol
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,66 @@ import torch
 from torch import Tensor
 
 Pair = tuple[np.ndarray, np.ndarray]  # token ids and token types, as PairTokenizer.pair returns them
+
+
+class Pairs(Sequence[Pair]):
+    """Pairs one after another in two arrays: a sequence of Pair, views of these, for which thousands need no Python
+    each.
+
+    Arguments:
+        ids, types: int32 (tokens,).
+        ends: int64 (pairs,), where each pair ends.
+    """
+
+    def __init__(self, ids: np.ndarray, types: np.ndarray, ends: np.ndarray):
+        self.ids, self.types = ids, types
+        self.begins, self.ends = np.concatenate([[0], ends[:-1]]), ends
+
+    @classmethod
+    def join(cls, pairs: Sequence[Pair]) -> Pairs:
+        """The same pairs."""
+        if isinstance(pairs, Pairs):
+            return pairs
+        if not pairs:
+            return cls(np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.int64))
+        ids, types = (np.concatenate(arrays, dtype=np.int32, casting="unsafe") for arrays in zip(*pairs, strict=True))
+        return cls(ids, types, np.cumsum([len(one) for one, _ in pairs], dtype=np.int64))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each pair, int64 (pairs,)."""
+        return self.ends - self.begins
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        begin, end = self.begins[index], self.ends[index]
+        return self.ids[begin:end], self.types[begin:end]
+
+    def __iter__(self) -> Iterator[Pair]:
+        for begin, end in zip(self.begins.tolist(), self.ends.tolist(), strict=True):
+            yield self.ids[begin:end], self.types[begin:end]
+
+    def find_distinct(self) -> tuple[np.ndarray, np.ndarray]:
+        """Which of the different pairs each one is, and where each of those stands first; both int64."""
+        ids, types = (np.ascontiguousarray(array).tobytes() for array in (self.ids, self.types))
+        size, places = self.ids.itemsize, {}
+        cuts = itertools.pairwise([0, *(size * self.ends).tolist()])
+        place = [places.setdefault((ids[begin:end], types[begin:end]), len(places)) for begin, end in cuts]
+        place = np.array(place, dtype=np.int64)
+        return place, np.unique(place, return_index=True)[1]
+
+    def gather(self, order: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Some pairs, one after another: ids and types as here, positions within the pair, all (tokens,), and the
+        lengths (pairs,)."""
+        lengths = self.lengths[order]
+        ends = lengths.cumsum()
+        positions = np.arange(int(ends[-1]) if len(ends) else 0) - (ends - lengths).repeat(lengths)
+        places = positions + self.begins[order].repeat(lengths)
+        return self.ids[places], self.types[places], positions, lengths
 
 
 @dataclass(frozen=True)
@@ -94,9 +155,11 @@ def send_together(tensors: Sequence[Tensor], device: torch.device | str) -> list
 
 def _join(tensors: Sequence[Tensor], *, pin_memory: bool = False) -> Tensor:
     """The bytes of tensors, one after the other, each from a multiple of 16 on."""
-    memory = torch.empty(_places(tensors)[-1], dtype=torch.uint8, pin_memory=pin_memory)
-    for part, tensor in zip(_split(memory, tensors), tensors, strict=True):
-        part.copy_(tensor)
+    places = _places(tensors)
+    memory = torch.empty(places[-1], dtype=torch.uint8, pin_memory=pin_memory)
+    target = memory.numpy()
+    for place, tensor in zip(places, tensors, strict=False):
+        target[place : place + tensor.nbytes] = tensor.numpy().reshape(-1).view(np.uint8)
     return memory
 
 
@@ -116,13 +179,14 @@ def _places(tensors: Sequence[Tensor]) -> list[int]:
     return places
 
 
-def pack_pairs(pairs: Sequence[Pair]) -> PackedBatch:
-    """Packs pairs, in order, as one list.
+def pack_pairs(pairs: Sequence[Pair], order: np.ndarray | None = None) -> PackedBatch:
+    """Packs pairs as one list.
 
     Arguments:
         pairs: (ids, types) each, int (tokens of the pair,). No pairs give one empty list.
+        order: int (n,), which of the pairs, and in which order; default: all as they stand.
     """
-    return _pack(pairs, [len(pairs)])
+    return _pack(pairs, [len(pairs) if order is None else len(order)], order)
 
 
 def pack_lists(lists: Sequence[Sequence[Pair]]) -> PackedBatch:
@@ -207,21 +271,16 @@ def _offsets(sizes: Sequence[int] | np.ndarray) -> np.ndarray:
     return offsets
 
 
-def _pack(pairs: Sequence[Pair], list_sizes: Sequence[int]) -> PackedBatch:
-    lengths = np.fromiter((len(ids) for ids, _ in pairs), dtype=np.int64, count=len(pairs))
-    offsets = _offsets(lengths)
-    total = int(offsets[-1])
-    ids, types = np.empty(total, dtype=np.int64), np.empty(total, dtype=np.int64)
-    if pairs:
-        np.concatenate([ids for ids, _ in pairs], out=ids)
-        np.concatenate([types for _, types in pairs], out=types)
-    positions = np.arange(total) - np.repeat(offsets[:-1], lengths)
+def _pack(pairs: Sequence[Pair], list_sizes: Sequence[int], order: np.ndarray | None = None) -> PackedBatch:
+    joined = Pairs.join(pairs)
+    offsets = _offsets(joined.lengths if order is None else joined.lengths[order])
+    ids, types, positions, lengths = joined.gather(np.arange(len(joined)) if order is None else order)
     return PackedBatch(
-        torch.from_numpy(ids),
-        torch.from_numpy(types),
+        torch.from_numpy(ids.astype(np.int64)),
+        torch.from_numpy(types.astype(np.int64)),
         torch.from_numpy(positions),
         torch.from_numpy(offsets.astype(np.int32)),
         torch.from_numpy(_offsets(list_sizes).astype(np.int32)),
-        max_pair_tokens=int(lengths.max()) if pairs else 0,
-        min_pair_tokens=int(lengths.min()) if pairs else 0,
+        max_pair_tokens=int(lengths.max()) if len(lengths) else 0,
+        min_pair_tokens=int(lengths.min()) if len(lengths) else 0,
     )

@@ -7,6 +7,7 @@ raw float32 scores; an activation only changes the numbers that are shown, so th
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import operator
 import os
@@ -26,7 +27,7 @@ from fastrank.command_line import MAX_THREADS
 from fastrank.model import CrossEncoder
 from fastrank.model.gpu_layers import can_run
 from fastrank.model.graphs import MOST_TOKENS, Bucket, Graphs, fill, plan_one_shape
-from fastrank.packing import PackedBatch, Pair, pack_pairs, plan_batches, plan_even_batches, restore_order
+from fastrank.packing import PackedBatch, Pair, Pairs, pack_pairs, plan_batches, plan_even_batches, restore_order
 from fastrank.quantized import FILE as INT8_FILE
 from fastrank.quantized import load_int8
 from fastrank.ranking import RankedDocument, Ranking, describe, document_id, document_text
@@ -318,17 +319,18 @@ class Reranker:
                 start, size = i + 1, 0
         return [*parts, range(start, len(documents))]
 
-    def _encode(self, queries: list[str], documents: list[list[str]]) -> list[Pair]:
+    def _encode(self, queries: list[str], documents: list[list[str]]) -> Pairs:
         with _cpu_threads(self.num_threads):
             query_ids = dict(zip(unique := list(dict.fromkeys(queries)), self.tokenizer.encode(unique), strict=True))
             unique = list(dict.fromkeys(text for texts in documents for text in texts))
             enough = self.tokenizer.enough_tokens(max(map(len, query_ids.values()), default=0))
             document_ids = dict(zip(unique, self.tokenizer.encode(unique, enough=enough), strict=True))
-        return self.tokenizer.pairs(
-            (query_ids[query], document_ids[text])
+        of_queries = [
+            ids
             for query, texts in zip(queries, documents, strict=True)
-            for text in texts
-        )
+            for ids in itertools.repeat(query_ids[query], len(texts))
+        ]
+        return self.tokenizer.pairs(of_queries, [document_ids[text] for texts in documents for text in texts])
 
     def score_pairs(self, pairs: Sequence[Pair]) -> np.ndarray:
         """Raw scores of pairs of token ids and token types, as PairTokenizer.pair gives them: float32 (pairs,)."""
@@ -338,13 +340,10 @@ class Reranker:
         """Begins to score pairs: which of the distinct ones each is, how these are batched, and their scores, for which
         a GPU has not been waited for."""
         # Equal pairs must tie, and rows of one matrix product may round differently: each is scored once (in a part).
-        places: dict[tuple[bytes, bytes], int] = {}
-        place = np.array(
-            [places.setdefault((ids.tobytes(), types.tobytes()), len(places)) for ids, types in pairs], int
-        )
-        distinct = [pairs[i] for i in np.unique(place, return_index=True)[1]]
+        joined = Pairs.join(pairs)
+        place, distinct = joined.find_distinct()
         # In order of length the largest batch comes first, so that a lack of memory shows at once.
-        lengths = [len(ids) for ids, _ in distinct]
+        lengths = joined.lengths[distinct]
         shape = None
         if self.deterministic and self.device.type == "cuda":
             plan, shape = plan_one_shape(lengths, self.model.max_pair_tokens)
@@ -353,7 +352,7 @@ class Reranker:
         else:
             plan = plan_batches(lengths, 1 if self.deterministic else self.max_batch_tokens)
         with torch.inference_mode(), _cpu_threads(self.num_threads):
-            parts = [self._score_batch(pack_pairs([distinct[i] for i in batch]), shape) for batch in plan]
+            parts = [self._score_batch(pack_pairs(joined, distinct[batch]), shape) for batch in plan]
         return place, plan, parts
 
     def _score_batch(self, batch: PackedBatch, shape: Bucket | None) -> torch.Tensor:

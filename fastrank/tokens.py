@@ -15,12 +15,13 @@ import math
 import os
 import re
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from fastrank import wordpiece
+from fastrank.packing import Pairs
 
 BACKENDS = ("auto", "cpu", "reference")
 MAX_TOKEN_ID = 2**31 - 1  # ids are int32
@@ -243,48 +244,43 @@ class PairTokenizer:
 
         Returns ids and token types, both int32 (tokens of the pair,).
         """
-        return self.pairs([(query_ids, document_ids)])[0]
+        return self.pairs([query_ids], [document_ids])[0]
 
-    def pairs(self, texts: Iterable[tuple[np.ndarray, np.ndarray]]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """pair() of each query and document: views of two arrays that are made at once, since thousands of small ones
-        take longer than tokenizing."""
-        parts: list[np.ndarray] = []
-        sizes: list[tuple[int, int]] = []
-        num_truncated = 0
-        for query_ids, document_ids in texts:
-            given = len(query_ids), len(document_ids)
-            kept = self.kept_tokens(*given)
-            if kept != given:
-                num_truncated += 1
-                query_ids, document_ids = self._cut(query_ids, kept[0]), self._cut(document_ids, kept[1])
-            parts += self._prefix, query_ids, self._middle, document_ids, self._suffix
-            sizes.append(kept)
-        if not sizes:
-            return []
-        with self._lock:
-            self._num_truncated += num_truncated
-        counts = np.tile(self._type_counts, (len(sizes), 1))
-        counts[:, [self._query_place, self._document_place]] = sizes
-        ids = np.concatenate(parts)
-        types = np.tile(self._type_values, len(sizes)).repeat(counts.ravel())
-        ends = counts.sum(1).cumsum().tolist()
-        return [(ids[begin:end], types[begin:end]) for begin, end in itertools.pairwise([0, *ends])]
+    def pairs(self, queries: Sequence[np.ndarray], documents: Sequence[np.ndarray]) -> Pairs:
+        """pair() of each query and its document: made at once, since thousands of small arrays take longer than
+        tokenizing."""
+        if not len(documents):
+            return Pairs.join([])
+        given = np.array([[*map(len, queries)], [*map(len, documents)]])
+        kept = np.stack(self.kept_tokens(*given))
+        if (cut := (kept != given).any(0).nonzero()[0]).size:
+            queries, documents = list(queries), list(documents)
+            for i in cut.tolist():
+                queries[i], documents[i] = self._cut(queries[i], kept[0, i]), self._cut(documents[i], kept[1, i])
+            with self._lock:
+                self._num_truncated += cut.size
+        around = (itertools.repeat(part) for part in (self._prefix, self._middle, self._suffix))
+        before, between, after = around
+        parts = zip(before, queries, between, documents, after)  # noqa: B905, three of them never end
+        counts = np.tile(self._type_counts, (len(documents), 1))
+        counts[:, [self._query_place, self._document_place]] = kept.T
+        types = np.tile(self._type_values, len(documents)).repeat(counts.ravel())
+        return Pairs(np.concatenate([*itertools.chain.from_iterable(parts)]), types, counts.sum(1).cumsum())
 
-    def kept_tokens(self, num_query: int, num_document: int) -> tuple[int, int]:
-        """How many tokens of a query and of a document stay in their pair.
+    def kept_tokens(self, num_query: np.ndarray, num_document: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """How many tokens of queries and of documents stay in their pairs, int (pairs,) each.
 
         Each side's own limit comes first. What is then too long together loses tokens of the longer text until both
         are equally long, then of both by turns; the odd token stays with the longer text, with the document on a tie.
         """
         if self.max_query_tokens is not None:
-            num_query = min(num_query, self.max_query_tokens)
+            num_query = np.minimum(num_query, self.max_query_tokens)
         if self.max_document_tokens is not None:
-            num_document = min(num_document, self.max_document_tokens)
-        budget = self._budget
-        if num_query + num_document <= budget:
-            return num_query, num_document
-        shorter = min(num_query, num_document, budget // 2)
-        return (budget - shorter, shorter) if num_query > num_document else (shorter, budget - shorter)
+            num_document = np.minimum(num_document, self.max_document_tokens)
+        shorter = np.minimum(np.minimum(num_query, num_document), self._budget // 2)
+        longer = np.minimum(np.maximum(num_query, num_document), self._budget - shorter)
+        query_is_longer = num_query > num_document
+        return np.where(query_is_longer, longer, shorter), np.where(query_is_longer, shorter, longer)
 
     def save(self, folder: str | Path) -> None:
         """Writes the tokenizer's files to a folder; `max_length` becomes its `model_max_length`."""

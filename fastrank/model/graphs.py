@@ -63,16 +63,21 @@ def fill(batch: PackedBatch, bucket: Bucket, filler: tuple[int, int]) -> PackedB
     lengths[:more] += 1
     ends = batch.num_tokens + np.cumsum(lengths)
     positions = np.arange(num_tokens) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    added = [torch.full((num_tokens,), value, dtype=torch.int64) for value in filler]
+    added = [np.full(num_tokens, value) for value in filler]
     return PackedBatch(
-        torch.cat([batch.token_ids, added[0]]),
-        torch.cat([batch.token_types, added[1]]),
-        torch.cat([batch.positions, torch.from_numpy(positions)]),
-        torch.cat([batch.pair_offsets, torch.from_numpy(ends.astype(np.int32))]),
+        _extended(batch.token_ids, added[0]),
+        _extended(batch.token_types, added[1]),
+        _extended(batch.positions, positions),
+        _extended(batch.pair_offsets, ends.astype(np.int32)),
         batch.list_offsets,
         max_pair_tokens=bucket.longest,
         min_pair_tokens=1,
     )
+
+
+def _extended(tensor: Tensor, more: np.ndarray) -> Tensor:
+    # torch would start its threads for this, which takes longer than the copy where others compute.
+    return torch.from_numpy(np.concatenate([tensor.numpy(), more]))
 
 
 def plan_one_shape(lengths: Sequence[int], longest: int) -> tuple[list[np.ndarray], Bucket]:

@@ -316,9 +316,8 @@ class Trainer:
         """Each list's pairs as (token ids, token types)."""
         texts = list(dict.fromkeys(text for one in lists for text in (one.query, *one.documents)))
         ids = dict(zip(texts, self.tokenizer.encode(texts), strict=True))
-        pairs = iter(
-            self.tokenizer.pairs((ids[one.query], ids[document]) for one in lists for document in one.documents)
-        )
+        of_queries = [ids[one.query] for one in lists for _ in one.documents]
+        pairs = iter(self.tokenizer.pairs(of_queries, [ids[text] for one in lists for text in one.documents]))
         return [list(itertools.islice(pairs, len(one.documents))) for one in lists]
 
     def scores(self, lists: Sequence[RankingList]) -> list[np.ndarray]:
