@@ -56,9 +56,11 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--large", action="store_true", help="XLM-R-large and torch.compile, too")
     parser.add_argument("--commit", help="of the code, where git is not there to tell")
+    parser.add_argument("--cases", default="", help="of correctness: only those whose names this expression matches")
     parser.add_argument("--skip_compile", action="store_true", help="an earlier call has compiled all kernels")
     parser.add_argument("--dry_run", action="store_true", help="tiny shapes on the CPU; writes nothing")
     options = parser.parse_args()
+    os.environ["FASTRANK_GPU_CASES"] = options.cases
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic sums, while outputs are poisoned
     if options.dry_run and {"correctness", "all"} & set(options.part):
         os.environ["TRITON_INTERPRET"] = "1"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -26,6 +27,7 @@ from fastrank.kernels.attention import gpu as attention_kernels
 
 Case = tuple[str, Callable[[], None]]
 PROCESSES = 10
+ONLY = "FASTRANK_GPU_CASES"  # a regular expression that names of cases must match, for worker processes, too
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -283,6 +285,7 @@ def check_slice(given: tuple[int, int, str, bool, int]) -> tuple[int, list[str]]
         case
         for make_cases in (model_cases, attention_cases, epilogue_cases, loss_cases)
         for case in make_cases(device, dry_run, seed)
+        if re.search(os.environ.get(ONLY, ""), case[0])
     )
     for name, check in itertools.islice(cases, number, None, workers):
         count += 1

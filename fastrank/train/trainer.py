@@ -106,15 +106,13 @@ class Trainer:
         _freeze(self.model, config.freeze_layers)
         self.optimizer = self._make_optimizer()
         # What fills a batch up may be any token but padding, from whose place RoBERTa counts on.
-        self._model_passes = Passes(
+        self._passes = Passes(
             self.model,
             self.device,
             filler=(self.model.settings.first_position, 0),
             uses_graphs=config.cuda_graphs and not config.gradient_checkpointing,
         )
-        self._update = Update(
-            self.model, self.optimizer, config.max_grad_norm, uses_graphs=self._model_passes.uses_graphs
-        )
+        self._update = Update(self.model, self.optimizer, config.max_grad_norm, uses_graphs=self._passes.uses_graphs)
         self.num_lists_without_terms = self.num_truncated = 0  # in all steps; truncated pairs in this process
         self._reranker = Reranker.from_parts(self.model, self.tokenizer, max_batch_tokens=self.max_batch_tokens)
 
@@ -181,7 +179,7 @@ class Trainer:
         """
         made = lists if isinstance(lists, Prepared) else self.prepare(lists)
         self.model.train()
-        self._model_passes.clear_gradients()
+        self._passes.clear_gradients()
         self.num_lists_without_terms += made.num_without_terms
         self.num_truncated += made.num_truncated
         own = self.processes.share(made.lists)
@@ -230,7 +228,7 @@ class Trainer:
         self, lists, encoded: list[list[Pair]], labels: list[Tensor], num_terms: int | None, number: int, first: int
     ) -> tuple[Tensor, int]:
         """first: index of the first pass. Returns the loss and the index after the last pass."""
-        passes = self._passes(encoded)
+        passes = self._cut(encoded)
         scores = self._score_passes(lists, passes, number, first)
         loss, gradient = self._loss_and_gradient(scores, labels, num_terms)
         self._backward_passes(passes, gradient, number, first)
@@ -241,7 +239,7 @@ class Trainer:
 
         Returns the whole loss.
         """
-        passes = self._passes(encoded)
+        passes = self._cut(encoded)
         scores = self._score_passes(own, passes, number, 0) if passes else torch.zeros(0, device=self.device)
         parts = self.processes.gather([part.cpu() for part in scores.split([len(one) for one in encoded])])
         whole = torch.cat(parts).to(self.device)
@@ -251,7 +249,7 @@ class Trainer:
             self._backward_passes(passes, torch.cat(slopes), number, 0)
         return loss
 
-    def _passes(self, encoded: list[list[Pair]]) -> list[list[Pair]]:
+    def _cut(self, encoded: list[list[Pair]]) -> list[list[Pair]]:
         """The pairs of all lists, cut for memory."""
         pairs = [pair for one in encoded for pair in one]
         parts = plan_chunks([len(ids) for ids, _ in pairs], self.max_batch_tokens)
@@ -274,7 +272,7 @@ class Trainer:
         place = f"{self.config.seed} {number} {index}" + (f" {self.processes.rank}" if self.processes.rank else "")
         digest = hashlib.blake2b(place.encode(), digest_size=8).digest()
         pairs = [pair for one in encoded for pair in one]
-        return self._model_passes.forward(pack_pairs(pairs), int.from_bytes(digest, "little") >> 1)
+        return self._passes.forward(pack_pairs(pairs), int.from_bytes(digest, "little") >> 1)
 
     def _refuse_nan(self, scores: Tensor, lists: Sequence[RankingList]) -> None:
         if scores.device.type != "cpu" or not torch.isnan(scores).any():
@@ -296,13 +294,13 @@ class Trainer:
         self.model.train()
         for _ in range(2):  # the first one makes what is made once
             started = time.perf_counter()
-            self._model_passes.clear_gradients()
+            self._passes.clear_gradients()
             scores, go_back = self._forward([[pairs[i] for i in first]], 0, 0)
             go_back(torch.ones_like(scores))
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             seconds = time.perf_counter() - started
-        self._model_passes.clear_gradients()
+        self._passes.clear_gradients()
         return sum(len(pairs[i][0]) for i in first), seconds
 
     def peak_memory(self) -> int:
