@@ -27,9 +27,10 @@ def table(op: str) -> Table:
 
 
 def all_jobs() -> list[Job]:
-    """Every configuration as it is."""
+    """Every configuration of this GPU as it is."""
+    found = torch.cuda.get_device_capability()
     ops = [op for op in backend.OPS if importlib.util.find_spec(f"fastrank.kernels.{op}.gpu") is not None]
-    return [(op, name, {}) for op in ops for name in table(op)]
+    return [(op, name, {}) for op in ops for name, one in table(op).items() if one.least_capability <= found]
 
 
 def changed(configuration: Configuration, changes: Mapping[str, int]) -> Configuration:

@@ -30,6 +30,7 @@ __all__ = [
     "listwise",
     "listwise_terms",
     "padded_attention",
+    "quantise_rows",
     "release_linear",
     "restore_linear",
 ]
@@ -171,6 +172,19 @@ def layer_norm(
     _require_alike(**inputs)
     _require_weights(x, weight=weight, bias=bias)
     return choose("layer_norm", backend, x).layer_norm(x, residual, weight, bias, float(eps))
+
+
+def quantise_rows(x: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """Rows in fp8 (e4m3), each with a scale of its own that makes its largest number the largest code; not
+    differentiable.
+
+    x: (rows, columns), in any float dtype. Returns codes, float8_e4m3fn (rows, columns), and scales, float32 (rows,):
+    a code times its row's scale is the number, rounded. A row of zeros has codes of zero; one with NaN or infinity in
+    it gives NaN when it is multiplied. Raises ValueError with the offending shape.
+    """
+    _require(x.dim() == 2 and x.shape[1] > 0, "quantise_rows takes x (rows, columns)", x=x)
+    _require_alike(x=x)
+    return choose("fp8", backend, x).quantise_rows(x)
 
 
 def embedding_norm(

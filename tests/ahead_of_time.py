@@ -109,11 +109,19 @@ def read_records() -> dict[str, Resources]:
     return {name: Resources(*values) for name, values in json.loads(RECORDS.read_text()).items()}
 
 
+def runs_on(configuration: Configuration, capability: int) -> bool:
+    """Whether it is for devices of this compute capability, too."""
+    return configuration.least_capability <= divmod(capability, 10)
+
+
 def main() -> None:
     """Writes the records of what can be launched today, and of nothing else."""
     known = read_records() if RECORDS.exists() else {}
     entries = [
-        (op, name, which) for (op, table), which in itertools.product(TABLES.items(), SHARED_BYTES) for name in table
+        (op, name, which)
+        for (op, table), which in itertools.product(TABLES.items(), SHARED_BYTES)
+        for name in table
+        if runs_on(table[name], which)
     ]
     with compiling(one for one in entries if key_of(one) not in known) as running:
         records = {

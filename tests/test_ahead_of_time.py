@@ -17,6 +17,7 @@ from ahead_of_time import (
     key_of,
     measure,
     read_records,
+    runs_on,
 )
 from triton import language as tl
 
@@ -43,8 +44,16 @@ def compiled(request):
         yield find
 
 
-@pytest.mark.parametrize("capability", SHARED_BYTES)
-@pytest.mark.parametrize(("op", "name"), [(op, name) for op, table in TABLES.items() for name in table])
+@pytest.mark.parametrize(
+    ("op", "name", "capability"),
+    [
+        (op, name, capability)
+        for op, table in TABLES.items()
+        for name in table
+        for capability in SHARED_BYTES
+        if runs_on(table[name], capability)
+    ],
+)
 def test_a_configuration_compiles_without_spills(op, name, capability, compiled):
     resources = compiled(op, name, capability)
     assert complaints(resources, capability) == []

@@ -16,7 +16,8 @@ import torch
 import fastrank
 from fastrank import _cpu, backend, ops
 
-IN_TRITON = ("attention", "gelu", "layer_norm", "listwise")
+IN_TRITON = ("attention", "fp8", "gelu", "layer_norm", "listwise")
+IN_CPP = tuple(op for op in backend.OPS if op != "fp8")  # which is for GPUs
 OFFSETS = torch.tensor([0, 5], dtype=torch.int32)
 
 
@@ -30,7 +31,7 @@ def chosen(op: str, tensor: torch.Tensor, name: str = "auto") -> str:
     return backend.choose(op, name, tensor).__name__
 
 
-@pytest.mark.parametrize("op", backend.OPS)
+@pytest.mark.parametrize("op", IN_CPP)
 def test_the_cpu_backend_computes_float32_on_cpu_tensors(op):
     tensor = torch.zeros(5, 2, 8)
     assert backend.refusals(op, "cpu", tensor) == []
@@ -42,6 +43,10 @@ def test_the_cpu_backend_computes_float32_on_cpu_tensors(op):
     ]
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         assert backend.refusals(op, "reference", tensor.to(dtype)) == []
+
+
+def test_no_cpu_kernel_is_claimed():
+    assert backend.refusals("fp8", "cpu", torch.zeros(5, 8)) == ["fastrank has no C++ kernel for fp8."]
 
 
 @pytest.mark.parametrize("op", [op for op in backend.OPS if op not in IN_TRITON])
@@ -59,7 +64,8 @@ def test_the_gpu_backend_wants_triton_and_a_cuda_tensor(op, monkeypatch):
     assert backend.refusals(op, "gpu", tensor.to("meta")) == [
         "The gpu backend runs on cuda tensors, not on meta tensors."
     ]
-    assert chosen(op, tensor) == f"fastrank.kernels.{op}.cpu", "the interpreter is for whoever asks for it"
+    expected = "cpu" if op in IN_CPP else "reference"
+    assert chosen(op, tensor) == f"fastrank.kernels.{op}.{expected}", "the interpreter is for whoever asks for it"
 
 
 def test_other_peoples_attention_wants_a_cuda_tensor_and_half_precision(monkeypatch):

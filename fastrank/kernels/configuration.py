@@ -22,15 +22,18 @@ POINTERS = {
     torch.float64: "*fp64",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
+    torch.float8_e4m3fn: "*fp8e4nv",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
 NUMBERS = {int: "i32", float: "fp32"}
+FP8_CAPABILITY = 8, 9  # the least compute capability that rounds to fp8 and multiplies it
 
 
 ALIGNMENT = 16  # bytes: the widest load of a thread
 STEP = tl.constexpr(8)  # rows are counted in steps of 8 numbers, so that the compiler knows them to be aligned
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what kernels that take hidden states are made for
+HALF = (torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, *HALF)  # what kernels that take hidden states are made for
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -125,6 +128,11 @@ class Configuration:
         """Of each run-time argument: its name, its dtype (a tensor's) or type (a number's), whether it is aligned."""
         known = {name: kind for kinds in (POINTERS, NUMBERS) for kind, name in kinds.items()}
         return tuple((name, known[expected], name in self.aligned) for name, expected in self.types.items())
+
+    @property
+    def least_capability(self) -> tuple[int, int]:
+        """Of the devices that it can be compiled for."""
+        return FP8_CAPABILITY if POINTERS[torch.float8_e4m3fn] in self.types.values() else (8, 0)
 
     @property
     def aligned(self) -> frozenset[str]:

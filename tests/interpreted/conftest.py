@@ -1,9 +1,10 @@
 """Every nth test, where INTERPRETED_PART says so (0/2: the first, the third ...); and an interpreter that is three
-times as fast as triton's own."""
+times as fast as triton's own, and rounds to fp8 as GPUs do."""
 
 import dataclasses
 import os
 
+from fp8_accuracy import convert_as_gpus_do
 from triton import language as tl
 from triton.runtime import interpreter
 
@@ -29,3 +30,4 @@ interpreter.InterpretedFunction.__call__ = call
 interpreter.interpreter_builder.options = dataclasses.replace(
     interpreter.interpreter_builder.options, sanitize_overflow=False
 )
+convert_as_gpus_do()

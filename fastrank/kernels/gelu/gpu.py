@@ -1,4 +1,5 @@
-"""GELU(x + bias) in Triton, float32 inside. Saved for the backward is x, the matrix product's own output.
+"""GELU(x + bias) in Triton, for inference in fp8, too; float32 inside. Saved for the backward is x, the matrix
+product's own output.
 
 dbias is summed over rows by a fixed number of programs and then by torch: without atomics, the same in every run.
 """
@@ -15,6 +16,7 @@ from triton import language as tl
 
 from fastrank.kernels.configuration import (
     FLOATS,
+    HALF,
     POINTERS,
     STEP,
     Configuration,
@@ -25,10 +27,13 @@ from fastrank.kernels.configuration import (
     kernel,
     name_of,
 )
+from fastrank.kernels.fp8.gpu import write_codes
 
 BLOCK_COLUMNS = 256
 BLOCK_BYTES = {"forward": 8192, "backward": 4096}  # of a tensor at a time: four loads of 16 bytes a thread, or two
 MOST_PROGRAMS = 792  # of the backward, so that an H100 holds all at once: six on each of 132 processors, 80 registers
+FP8_WIDTHS = (2048, 4096, 8192)  # of rows in fp8: the least that holds one is taken
+THREAD_NUMBERS = 32  # of such a row: four loads of 16 bytes
 FURTHEST = tl.constexpr(14.75)  # a number this far below zero times its share is 0 in every dtype
 
 
@@ -102,6 +107,31 @@ def gelu_forward_kernel(
     tl.store(out_ptr + first + offsets, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
+@kernel(aligned=("x", "bias", "codes"))
+def gelu_fp8_kernel(
+    x_ptr,
+    bias_ptr,
+    codes_ptr,
+    scales_ptr,
+    num_rows,
+    num_steps,
+    TANH_FORM: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """GELU(x + bias) of one row in fp8: a scale needs the whole row."""
+    num_columns = num_steps * STEP
+    rows = tl.program_id(0) + tl.arange(0, 1)
+    columns = tl.arange(0, BLOCK_COLUMNS)
+    inside = (rows[:, None] < num_rows) & (columns[None, :] < num_columns)
+    offsets = rows.to(tl.int64)[:, None] * num_columns + columns[None, :]
+    x = tl.load(x_ptr + offsets, mask=inside, other=0.0)
+    bias = tl.load(bias_ptr + columns, mask=columns < num_columns, other=0.0)
+    x = x.to(tl.float32) + bias[None, :]
+    distance, tail = normal_tail(x, TANH_FORM, x_ptr.dtype.element_ty != tl.float32)
+    out = tl.maximum(x, 0.0) - distance * tail
+    write_codes(out, codes_ptr, scales_ptr, rows, num_rows, offsets, inside)
+
+
 @kernel(aligned=("x", "bias", "out", "dout", "dx"))
 def gelu_backward_kernel(
     x_ptr,
@@ -154,6 +184,17 @@ CONFIGURATIONS = Table(
         for form in ("erf", "tanh")
         for dtype in FLOATS
     }
+    | {
+        f"fp8 {form} {name_of(dtype)} {width}": configure(
+            gelu_fp8_kernel,
+            {"x": POINTERS[dtype], "bias": "*fp32", "codes": POINTERS[torch.float8_e4m3fn], "scales": "*fp32"},
+            {"TANH_FORM": form == "tanh", "BLOCK_COLUMNS": width},
+            num_warps=width // (32 * THREAD_NUMBERS),
+        )
+        for form in ("erf", "tanh")
+        for dtype in HALF
+        for width in FP8_WIDTHS
+    }
 )
 
 
@@ -189,6 +230,15 @@ def forward_launch(x: Tensor, bias: Tensor, tanh_form: bool, out: Tensor) -> Lau
     rows, columns = x.shape
     programs = -(-rows // block_rows("forward", x.dtype)) * -(-columns // BLOCK_COLUMNS)
     return _prepare("forward", x, tanh_form, programs, x, bias, out, rows, columns // STEP.value)
+
+
+def fp8_launch(x: Tensor, bias: Tensor, tanh_form: bool, codes: Tensor, scales: Tensor) -> Launch:
+    """Writes GELU(x + bias) in fp8: codes (rows, columns) and scales, float32 (rows,), or (rows, 1); rows of at most
+    FP8_WIDTHS[-1] numbers. All tensors as align() leaves them, x in half precision, bias float32."""
+    rows, columns = x.shape
+    width = next(width for width in FP8_WIDTHS if columns <= width)
+    name = f"fp8 {'tanh' if tanh_form else 'erf'} {name_of(x.dtype)} {width}"
+    return CONFIGURATIONS.prepare(name, rows, x, bias, codes, scales, rows, columns // STEP.value)
 
 
 def backward_launch(x: Tensor, bias: Tensor, tanh_form: bool, dout: Tensor, dx: Tensor) -> tuple[Launch, Tensor]:

@@ -1,4 +1,5 @@
-"""LayerNorm in Triton: of a sum, and of the vectors of packed token ids; float32 inside, weights and bias float32.
+"""LayerNorm in Triton: of a sum (for inference in fp8, too), and of the vectors of packed token ids; float32 inside,
+weights and bias float32.
 
 Saved for the backward are the inputs and two numbers a row. Sums over rows are made by a fixed number of programs and
 then by torch, without atomics, so that a gradient is the same bit for bit in every run.
@@ -16,6 +17,7 @@ from triton import language as tl
 
 from fastrank.kernels.configuration import (
     FLOATS,
+    HALF,
     POINTERS,
     STEP,
     Configuration,
@@ -26,6 +28,7 @@ from fastrank.kernels.configuration import (
     kernel,
     name_of,
 )
+from fastrank.kernels.fp8.gpu import write_codes
 
 WIDTHS = (512, 1024, 2048)  # of a tile: the least that holds a row is taken
 TILE = 2048  # numbers of a tile
@@ -68,6 +71,18 @@ def sum_vectors(
 
 
 @triton.jit
+def normalise(summed, weight_ptr, bias_ptr, columns, inside, num_steps, eps):
+    """Rows of LayerNorm, 0 outside, their means and inverse deviations."""
+    num_columns = num_steps * STEP
+    weight = tl.load(weight_ptr + columns, mask=columns < num_columns, other=0.0)
+    bias = tl.load(bias_ptr + columns, mask=columns < num_columns, other=0.0)
+    mean = tl.sum(summed, 1) / num_columns
+    centred = tl.where(inside, summed - mean[:, None], 0.0)
+    inverse = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / num_columns + eps)
+    return centred * inverse[:, None] * weight[None, :] + bias[None, :], mean, inverse
+
+
+@triton.jit
 def write_normalised(
     summed,
     weight_ptr,
@@ -83,13 +98,7 @@ def write_normalised(
     eps,
 ):
     """Rows of LayerNorm, their means and inverse deviations."""
-    num_columns = num_steps * STEP
-    weight = tl.load(weight_ptr + columns, mask=columns < num_columns, other=0.0)
-    bias = tl.load(bias_ptr + columns, mask=columns < num_columns, other=0.0)
-    mean = tl.sum(summed, 1) / num_columns
-    centred = tl.where(inside, summed - mean[:, None], 0.0)
-    inverse = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / num_columns + eps)
-    out = centred * inverse[:, None] * weight[None, :] + bias[None, :]
+    out, mean, inverse = normalise(summed, weight_ptr, bias_ptr, columns, inside, num_steps, eps)
     store_rows(out_ptr, out, rows, columns, inside, num_steps)
     tl.store(means_ptr + rows, mean, mask=rows < num_rows)
     tl.store(inverses_ptr + rows, inverse, mask=rows < num_rows)
@@ -168,6 +177,33 @@ def layer_norm_forward_kernel(
         num_steps,
         eps,
     )
+
+
+@kernel(aligned=("x", "residual", "weight", "bias", "out", "codes"))
+def layer_norm_fp8_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    codes_ptr,
+    scales_ptr,
+    num_rows,
+    num_steps,
+    eps,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """out = LayerNorm(x + residual) of BLOCK_ROWS rows, and the same rows in fp8: for inference."""
+    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    columns = tl.arange(0, BLOCK_COLUMNS)
+    inside = (rows[:, None] < num_rows) & (columns[None, :] < num_steps * STEP)
+    summed = load_rows(x_ptr, rows, columns, inside, num_steps)
+    summed += load_rows(residual_ptr, rows, columns, inside, num_steps)
+    out, _, _ = normalise(summed, weight_ptr, bias_ptr, columns, inside, num_steps, eps)
+    store_rows(out_ptr, out, rows, columns, inside, num_steps)
+    offsets = rows.to(tl.int64)[:, None] * (num_steps * STEP) + columns[None, :]
+    write_codes(out, codes_ptr, scales_ptr, rows, num_rows, offsets, inside)
 
 
 @kernel(aligned=("x", "residual", "weight", "bias", "out", "dout", "dx"))
@@ -342,6 +378,7 @@ def _configure(kernel: Callable, dtype: torch.dtype, width: int) -> Configuratio
     types = dict.fromkeys(names, "*fp32") | {"eps": "fp32"}
     types |= dict.fromkeys(("token_ids", "token_types", "positions"), "*i64")
     types |= dict.fromkeys(("x", "residual", "out", "dout"), POINTERS[dtype])
+    types["codes"] = POINTERS[torch.float8_e4m3fn]
     if kernel is layer_norm_backward_kernel:  # the gradient of hidden states; that of embeddings is float32
         types["dx"] = POINTERS[dtype]
     return configure(kernel, types, {"BLOCK_ROWS": TILE // width, "BLOCK_COLUMNS": width})
@@ -357,6 +394,11 @@ CONFIGURATIONS = Table(
             ("embedding backward", embedding_norm_backward_kernel),
         )
         for dtype in FLOATS
+        for width in WIDTHS
+    }
+    | {
+        f"fp8 {name_of(dtype)} {width}": _configure(layer_norm_fp8_kernel, dtype, width)
+        for dtype in HALF
         for width in WIDTHS
     }
 )
@@ -442,6 +484,16 @@ def forward_launch(
     given = x, x if residual is None else residual, weight, bias, out, *statistics
     numbers = rows, columns // STEP.value, int(residual is not None), eps
     return _prepare("forward", x.dtype, columns, _num_blocks(rows, columns), *given, *numbers)
+
+
+def fp8_launch(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor, codes: Tensor, scales: Tensor
+) -> Launch:
+    """Writes out, and its rows before they are rounded to x's dtype in fp8: codes (rows, columns) and scales, float32
+    (rows,), or (rows, 1). All tensors as align() leaves them, x in half precision, weight and bias float32."""
+    rows, columns = x.shape
+    given = x, residual, weight, bias, out, codes, scales, rows, columns // STEP.value, eps
+    return _prepare("fp8", x.dtype, columns, _num_blocks(rows, columns), *given)
 
 
 def backward_launch(
