@@ -18,12 +18,14 @@ import numpy as np
 import torch
 from accuracy import assert_accurate
 from attention_cases import cut
+from fp8_accuracy import assert_quantised, convert_as_gpus_do, emulated_fp8
 from gpu_models import SHAPES, agrees, batch_of, make_model
 from listwise_cases import VARIANTS, make, options_of
 from torch import Tensor
 
 from fastrank import Reranker, ops
 from fastrank.kernels.attention import gpu as attention_kernels
+from fastrank.model.gpu_layers import has_fp8
 
 Case = tuple[str, Callable[[], None]]
 PROCESSES = 10
@@ -139,6 +141,70 @@ def epilogue_cases(device: str, dry_run: bool, seed: int) -> Iterator[Case]:
                 )
 
 
+def fp8_cases(device: str, dry_run: bool, seed: int) -> Iterator[Case]:
+    """What writes rows in fp8, and products of them beside plain ones of the same codes and scales."""
+    from fastrank.kernels.fp8 import reference
+    from fastrank.kernels.gelu import gpu as gelus
+    from fastrank.kernels.layer_norm import gpu as norms
+
+    if not has_fp8(torch.device(device)):
+        return
+    generator = torch.Generator().manual_seed(seed)
+    dtype = torch.float16 if dry_run else torch.bfloat16
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    def room(x: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(x, dtype=torch.float8_e4m3fn), torch.empty(len(x), dtype=torch.float32, device=device)
+
+    def rows(x: Tensor) -> None:
+        assert_quantised(*ops.quantise_rows(x, backend="gpu"), x.double())
+
+    def norm(x: Tensor) -> None:
+        residual, weight, bias = draw(*x.shape).to(dtype), draw(x.shape[1]), draw(x.shape[1])
+        out, (codes, scales) = torch.empty_like(x), room(x)
+        norms.fp8_launch(x, residual, weight, bias, 1e-5, out, codes, scales)()
+        assert torch.equal(out, ops.layer_norm(x, residual, weight, bias, 1e-5, backend="gpu"))
+        given = [one.double() for one in (x, residual, weight, bias)]
+        assert_quantised(codes, scales, ops.layer_norm(*given, 1e-5, backend="reference"), rounding=2.0**-18)
+
+    def gelu(x: Tensor, tanh_form: bool) -> None:
+        bias, (codes, scales) = draw(x.shape[1]), room(x)
+        gelus.fp8_launch(x, bias, tanh_form, codes, scales)()
+        exact = ops.bias_gelu(x.double(), bias.double(), tanh_form=tanh_form, backend="reference")
+        assert_quantised(codes, scales, exact, rounding=2.0**-14)
+
+    def product(x: Tensor, outputs: int, with_bias: bool) -> None:
+        (codes, scales), weight = ops.quantise_rows(x, backend="gpu"), draw(outputs, x.shape[1])
+        bias = draw(outputs).to(dtype) if with_bias else None
+        weights, weight_scales = ops.quantise_rows(weight, backend="reference")
+        out = torch.empty(len(x), outputs, dtype=dtype, device=device)
+        given = {"bias": bias, "out_dtype": dtype, "use_fast_accum": True, "out": out}
+        torch._scaled_mm(codes, weights.t(), scales[:, None], weight_scales[None], **given)
+        exact = (
+            reference.dequantise_rows(codes, scales).double()
+            @ reference.dequantise_rows(weights, weight_scales).t().double()
+        )
+        exact = exact if bias is None else exact + bias.double()
+        apart = float((out.double() - exact).norm() / exact.norm())
+        assert apart < 0.004, f"off by {apart:.2g}"  # a rounding to bf16 is up to 2^-8, .0017 in the mean
+
+    for num_rows, columns in (
+        ((9, 64),) if dry_run else ((3008, 384), (2000, 768), (16, 1024), (1504, 1536), (900, 2048))
+    ):
+        x = draw(num_rows, columns).to(dtype)
+        yield f"fp8 rows, {num_rows} x {columns}", lambda x=x: rows(x)
+        yield f"fp8 layer_norm, {num_rows} x {columns}", lambda x=x: norm(x)
+        yield f"fp8 product, {num_rows} x {columns}", lambda x=x: product(x, 3 * x.shape[1], with_bias=True)
+        yield f"fp8 product without a bias, {num_rows} x {columns}", lambda x=x: product(x, 48, with_bias=False)
+    for num_rows, columns in ((3, 128),) if dry_run else ((1001, 1536), (777, 3072), (500, 4096), (300, 8192)):
+        x = draw(num_rows, columns).to(dtype)
+        for tanh_form in (False, True):
+            form = "tanh" if tanh_form else "erf"
+            yield f"fp8 bias_gelu, {form}, {num_rows} x {columns}", lambda x=x, tanh_form=tanh_form: gelu(x, tanh_form)
+
+
 def loss_cases(device: str, dry_run: bool, seed: int) -> Iterator[Case]:
     sizes = (3, 7) if dry_run else (0, 1, 7, 100, 33, 1000)
     for variant in list(VARIANTS)[: 2 if dry_run else None]:
@@ -162,15 +228,55 @@ def model_cases(device: str, dry_run: bool, seed: int) -> Iterator[Case]:
             f"{shape}: scores and gradients in half precision",
             lambda shape=shape: whole_model(shape, device, dry_run),
         )
+        if has_fp8(torch.device(device)):
+            yield f"{shape}: scores in fp8", lambda shape=shape: fp8_model(shape, device, dry_run)
 
     if device == "cuda":
         yield "CUDA graphs give the scores of the forward", lambda: graphs_agree(device)
         yield "training by CUDA graphs takes the steps of training without", lambda: graphs_train_alike(device)
-        yield "deterministic scores are the same bits in any company", lambda: company_changes_no_bit(device)
+        for precision in ("bf16", "fp8") if has_fp8(torch.device(device)) else ("bf16",):
+            yield (
+                f"deterministic scores in {precision} are the same bits in any company",
+                lambda precision=precision: company_changes_no_bit(device, precision),
+            )
+        if has_fp8(torch.device(device)):
+            yield "CUDA graphs give the scores of the forward in fp8", lambda: graphs_agree(device, "fp8")
 
 
-def company_changes_no_bit(device: str) -> None:
-    model = make_model("MiniLM-L6").requires_grad_(False).to(device).to_precision("bf16")
+def fp8_model(shape: str, device: str, dry_run: bool) -> None:
+    """Scores beside float32's and beside the definition's in plain PyTorch: at most twice as far off. Random weights
+    make more of a rounding than trained ones: 12 layers of them leave a correlation of about .91."""
+    from fastrank.agreement import kendall_tau
+
+    model = make_model(shape).requires_grad_(False).to(device)
+    lengths = [20, 3, 5] if dry_run else np.random.default_rng(0).integers(10, 200, 127).tolist()
+    batch = batch_of(lengths, model.settings.vocab_size, device)
+    found = {}
+    with torch.inference_mode():
+        for name, precision in (("exact", "float32"), ("fp8", "fp8")):
+            os.environ["FASTRANK_BACKEND"] = "gpu" if precision == "fp8" else "reference"
+            try:
+                hidden = torch.float16 if dry_run and precision == "fp8" else None
+                model.to_precision(precision, hidden_states=hidden)
+                found[name] = model.score(batch)
+                if precision == "float32":
+                    with emulated_fp8(model):
+                        found["emulated"] = model.score(batch)
+            finally:
+                del os.environ["FASTRANK_BACKEND"]
+    scores = {name: one.double().cpu().numpy() for name, one in found.items()}
+    apart = {name: np.linalg.norm(one - scores["exact"]) for name, one in scores.items()}
+    told = ", ".join(
+        f"{name}: correlation {np.corrcoef(scores[name], scores['exact'])[0, 1]:.4f}, "
+        f"tau {kendall_tau(scores[name], scores['exact']):.3f}"
+        for name in ("fp8", "emulated")
+    )
+    print(f"{shape} beside float32, {told}", flush=True)
+    assert apart["fp8"] <= 2 * apart["emulated"], told
+
+
+def company_changes_no_bit(device: str, precision: str) -> None:
+    model = make_model("MiniLM-L6").requires_grad_(False).to(device).to_precision(precision)
     reranker = Reranker.from_parts(model, None, deterministic=True)
     rng = np.random.default_rng(0)
     pairs = [
@@ -182,11 +288,11 @@ def company_changes_no_bit(device: str) -> None:
         assert np.array_equal(alone, together[list(chosen)]), f"{len(alone)} pairs score otherwise among 900"
 
 
-def graphs_agree(device: str) -> None:
+def graphs_agree(device: str, precision: str = "bf16") -> None:
     """Batches of several buckets, each met twice."""
     from fastrank.model.graphs import Graphs
 
-    model = make_model("MiniLM-L6").requires_grad_(False).to(device).to_precision("bf16")
+    model = make_model("MiniLM-L6").requires_grad_(False).to(device).to_precision(precision)
     with torch.inference_mode():
         filler = model.settings.first_position, 0
         given = {"longest": model.max_pair_tokens, "filler": filler, "parameters": list(model.parameters())}
@@ -280,10 +386,12 @@ def check_slice(given: tuple[int, int, str, bool, int]) -> tuple[int, list[str]]
     """Every `workers`-th case from `number` on: how many ran, and a line for each that went wrong. A device that has
     failed fails everything after it, so what is left then counts as one more."""
     number, workers, device, dry_run, seed = given
+    if dry_run:
+        convert_as_gpus_do()
     count, complaints = 0, []
     cases = (
         case
-        for make_cases in (model_cases, attention_cases, epilogue_cases, loss_cases)
+        for make_cases in (model_cases, attention_cases, epilogue_cases, fp8_cases, loss_cases)
         for case in make_cases(device, dry_run, seed)
         if re.search(os.environ.get(ONLY, ""), case[0])
     )

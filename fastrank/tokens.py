@@ -173,6 +173,12 @@ class PairTokenizer:
         return len(self._tokenizer)
 
     @property
+    def word_ids(self) -> np.ndarray:
+        """Token ids of texts that the model knows, int32: all but special tokens."""
+        ids = np.fromiter(self._backend.get_vocab().values(), np.int32)
+        return np.setdiff1d(ids[ids < self._num_embeddings], np.array(self._tokenizer.all_special_ids, np.int32))
+
+    @property
     def limits(self) -> str:
         """What texts are cut to, in words."""
         given = [f"max_length={self.max_length}"]

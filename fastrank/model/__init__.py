@@ -13,6 +13,7 @@ from fastrank.model.bert import BERT
 from fastrank.model.electra import ELECTRA
 from fastrank.model.encoder import Encoder
 from fastrank.model.family import Family
+from fastrank.model.gpu_layers import fp8_refusals
 from fastrank.model.linear import find_precision, freeze, linears, set_precision
 from fastrank.model.roberta import ROBERTA, XLM_ROBERTA
 from fastrank.model.settings import read_settings
@@ -20,6 +21,7 @@ from fastrank.model.settings import read_settings
 if TYPE_CHECKING:
     from fastrank.packing import PackedBatch
 
+FP8 = ("fp8", torch.float8_e4m3fn)
 FAMILIES: dict[str, Family] = {
     "bert": BERT,
     "electra": ELECTRA,
@@ -70,17 +72,25 @@ class CrossEncoder(nn.Module):
     def to_precision(
         self, precision: str | torch.dtype, *, hidden_states: str | torch.dtype | None = None
     ) -> "CrossEncoder":
-        """Run the encoder's matrix products in "float32", "bf16" or "fp16"; weights and head stay in float32.
+        """Run the encoder's matrix products in "float32", "bf16", "fp16" or "fp8"; weights and head stay in float32.
 
         hidden_states: what lies between the products, and what kernels compute; by default `precision` on a GPU and
-        float32 on a CPU.
+        float32 on a CPU. With "fp8", which is for inference on a GPU, that is "bf16", and so are products of the last
+        layer's first tokens. Raises ValueError for unknown precisions and for a model that cannot run in fp8.
         """
+        uses_fp8 = precision in FP8
+        if uses_fp8:
+            if refusals := fp8_refusals(self.encoder.layers):
+                raise ValueError(f"This model cannot run in fp8. {' '.join(refusals)}")
+            precision = "bf16" if hidden_states is None else hidden_states
         dtype = find_precision(precision)
+        if uses_fp8 and dtype == torch.float32:
+            raise ValueError("With fp8 hidden_states must be in half precision.")
         hidden = None if hidden_states is None else find_precision(hidden_states)
         if hidden not in (None, torch.float32, dtype):
             raise ValueError(f"hidden_states must be float32 or the products' own {dtype}, not {hidden}.")
         set_precision(self.encoder, dtype)
-        self.encoder.precision, self.encoder.hidden_dtype = dtype, hidden
+        self.encoder.precision, self.encoder.hidden_dtype, self.encoder.uses_fp8 = dtype, hidden, uses_fp8
         return self
 
     def freeze(self, precision: str, *, keep_weights: bool = True) -> "CrossEncoder":
@@ -91,7 +101,7 @@ class CrossEncoder(nn.Module):
         trained nor saved. A frozen model refuses training mode and gradients. Weights that cannot be frozen leave the
         model as it was."""
         freeze(self.encoder, precision, keep_weights=keep_weights)
-        self.encoder.precision, self.encoder.hidden_dtype = torch.float32, None
+        self.encoder.precision, self.encoder.hidden_dtype, self.encoder.uses_fp8 = torch.float32, None, False
         return self
 
     @property

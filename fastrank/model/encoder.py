@@ -130,12 +130,14 @@ class Layer(nn.Module):
 class Encoder(nn.Module):
     """Embeddings and layers.
 
-    precision: of the matrix products. hidden_dtype: of what lies between them; None for precision on a GPU and that of
+    precision: of the matrix products. uses_fp8: those of all tokens are in fp8 instead, for inference on a GPU.
+    hidden_dtype: of what lies between them; None for precision on a GPU and that of
     the weights on a CPU, whose kernels take nothing else. recomputes: a training step keeps only what goes into each
     layer, and computes the layer again in its backward pass: less memory, the same gradients.
     """
 
     precision: torch.dtype = torch.float32
+    uses_fp8: bool = False
     recomputes: bool = False
     hidden_dtype: torch.dtype | None = None
     _halves: gpu_layers.Halves | None = None
@@ -160,13 +162,24 @@ class Encoder(nn.Module):
             offsets = batch.pair_offsets.clone() if batch.pair_offsets.is_cuda else batch.pair_offsets
         learns = torch.is_grad_enabled() and (x.requires_grad or any(one.requires_grad for one in self.parameters()))
         recomputes = learns and self.recomputes
-        if gpu_layers.suits(self.layers, x):
-            # Without a gradient, too, training mode drops hidden states.
-            if learns or (self.training and self.layers[0].dropout > 0):
+        # Without a gradient, too, training mode drops hidden states.
+        trains = learns or (self.training and self.layers[0].dropout > 0)
+        if self.uses_fp8 and trains:
+            raise ValueError(
+                "fp8 is for inference: call eval() and score under torch.no_grad(), or to_precision('bf16') to train."
+            )
+        if gpu_layers.suits(self.layers, x) and (not self.uses_fp8 or gpu_layers.has_fp8(x.device)):
+            if trains:
                 return gpu_layers.train(self.layers, x, offsets, batch.span, recomputes=recomputes)
-            if self._halves is None or self._halves.dtype != x.dtype:
-                self._halves = gpu_layers.Halves(self.layers, x.dtype)
+            kind = gpu_layers.Fp8Weights if self.uses_fp8 else gpu_layers.Halves
+            if type(self._halves) is not kind or self._halves.dtype != x.dtype:
+                self._halves = kind(self.layers, x.dtype)
             return gpu_layers.infer(self.layers, x, offsets, batch.span, self._halves)
+        if self.uses_fp8 and len(x):
+            raise ValueError(
+                "fp8 runs only by fastrank's Triton kernels, on a GPU of compute capability 8.9 or more, and these "
+                "cannot run here: choose another precision (python -m fastrank backends says why)."
+            )
         for layer in self.layers:
             if recomputes:
                 x = checkpoint(layer, x, offsets, batch.span, use_reentrant=False)

@@ -5,6 +5,10 @@ encoder.Layer defines what is computed, and the kernels are the same. Here a lay
 its backward written out; products are torch's, on half-precision copies of the weights, which a pass makes all at once;
 biases are summed where their gradients pass by; and a batch's launches are checked for the first layer only. The layers
 are not called as modules: hooks on them or on what is in them do not run, and autocast is not looked at.
+
+For inference the products of all tokens may be in fp8: weights with a scale for each output, quantised once, and
+tokens with a scale each, quantised by whatever kernel wrote them. What lies between products stays in half precision,
+and so do products of the last layer's few rows.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ import functools
 import itertools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,13 +25,42 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from fastrank.backend import choose
+from fastrank import ops
+from fastrank.backend import choose, refusals
 
 if TYPE_CHECKING:
     from fastrank.kernels.configuration import Launch
     from fastrank.model.encoder import Layer
 
 HALF = (torch.bfloat16, torch.float16)
+FP8_STEP = 16  # fp8 products take columns in sixteens, and so are rows given to them
+FP8_MOST_INNER = 8192  # columns of the feed-forward network whose rows one program quantises
+
+
+def fp8_refusals(layers: Sequence[Layer]) -> list[str]:
+    """Why layers of these sizes cannot run in fp8, in sentences; of the device nothing."""
+    layer = layers[0]
+    hidden, inner = layer.norm.weight.shape[0], layer.up.out_features
+    found = [
+        f"The {what} is {size}, no multiple of {FP8_STEP}."
+        for what, size in (("hidden size", hidden), ("feed-forward network's size", inner))
+        if size % FP8_STEP
+    ]
+    if inner > FP8_MOST_INNER:
+        found.append(f"The feed-forward network's size is {inner}, above {FP8_MOST_INNER}.")
+    if layer.activation == "relu":
+        found.append("The feed-forward network's activation is relu, not a form of GELU.")
+    return found
+
+
+def has_fp8(device: torch.device) -> bool:
+    """Whether rows can be quantised to fp8, and multiplied, there."""
+    return _has_fp8(device, os.environ.get("TRITON_INTERPRET"))
+
+
+@functools.cache
+def _has_fp8(device: torch.device, _: str | None) -> bool:
+    return not refusals("fp8", "gpu", torch.empty(0, FP8_STEP, dtype=torch.bfloat16, device=device))
 
 
 def suits(layers: Sequence[Layer], x: Tensor) -> bool:
@@ -53,6 +86,23 @@ def _has_kernels(device_type: str, dtype: torch.dtype, head_dim: int, hidden: in
     probes = {"attention": head_dim, "layer_norm": hidden, "gelu": inner}
     kernels = (choose(op, "auto", torch.empty(0, n, dtype=dtype, device=device_type)) for op, n in probes.items())
     return all(kernel.__name__.endswith(".gpu") for kernel in kernels)
+
+
+class Rows(NamedTuple):
+    """What products multiply: values (rows, columns) in half precision, and where they do so in fp8, codes of the same
+    shape and scales, float32 (rows, 1)."""
+
+    values: Tensor
+    codes: Tensor | None = None
+    scales: Tensor | None = None
+
+
+def rows_of(values: Tensor, *, in_fp8: bool) -> Rows:
+    """With room for codes and scales where they are wanted."""
+    if not in_fp8:
+        return Rows(values)
+    codes = torch.empty_like(values, dtype=torch.float8_e4m3fn)
+    return Rows(values, codes, torch.empty(len(values), 1, dtype=torch.float32, device=values.device))
 
 
 class Pass:
@@ -120,6 +170,33 @@ class Pass:
         tensors = {"x": x, "bias": bias, "out": out}
         self._repeat(("activate", len(x)), lambda: [self.gelu.forward_launch(x, bias, self.tanh_form, out)], tensors)
 
+    def normalise_rows(
+        self, x: Tensor, residual: Rows, norm: torch.nn.Module, out: Rows, statistics: Sequence[Tensor]
+    ) -> None:
+        """Writes out, in fp8 too where it has codes, else statistics."""
+        if out.codes is None:
+            return self.normalise(x, residual.values, norm, out.values, statistics)
+        given, eps = (x, residual.values, norm.weight, norm.bias), float(norm.eps)
+        names = "x", "residual", "weight", "bias", "out", "codes", "scales"
+        tensors = dict(zip(names, (*given, *out), strict=True))
+        return self._repeat(("normalise fp8", len(x), eps), lambda: [self.norms.fp8_launch(*given, eps, *out)], tensors)
+
+    def activate_rows(self, x: Rows, bias: Tensor) -> None:
+        """Writes x: in its place, or in fp8 where it has codes."""
+        if x.codes is None:
+            return self.activate(x.values, bias, x.values)
+        tensors = {"x": x.values, "bias": bias, "codes": x.codes, "scales": x.scales}
+        make = lambda: [self.gelu.fp8_launch(x.values, bias, self.tanh_form, x.codes, x.scales)]  # noqa: E731
+        return self._repeat(("activate fp8", len(x.values)), make, tensors)
+
+    def quantise(self, x: Rows) -> None:
+        """Writes x in fp8, where it has codes."""
+        if x.codes is not None:
+            from fastrank.kernels.fp8 import gpu as fp8
+
+            tensors = {"x": x.values, "codes": x.codes, "scales": x.scales}
+            self._repeat(("quantise", len(x.values)), lambda: [fp8.rows_launch(*x)], tensors)
+
     def _repeat(self, key: tuple, make: Callable[[], Iterable[Launch]], tensors: Mapping[str, Tensor]) -> None:
         """Runs launches with these tensors; makes them the first time, and keeps nothing of these tensors alive."""
         launches = self._launches.get(key)
@@ -155,6 +232,8 @@ class Halves:
     """Weights and biases of layers in half precision, for inference: cast once, until one of them changes as far as
     state_of() sees; anew each time where they learn, since a fused optimizer counts no versions up."""
 
+    in_fp8 = False
+
     def __init__(self, layers: Sequence[Layer], dtype: torch.dtype) -> None:
         self.dtype = dtype
         self._linears = [_products(layer) for layer in layers]
@@ -164,55 +243,108 @@ class Halves:
         ]
         self._state: list[tuple] = []
         self._originals: list[Tensor] = []  # their memory stays theirs, so that an address tells who lies there
-        self._layers: list[list[tuple[Tensor, Tensor]]] = []
+        self._layers: list[list[HalfProduct | Fp8Product]] = []
 
-    def get(self) -> list[list[tuple[Tensor, Tensor]]]:
-        """Of each layer, in the order of _products(): the weight, transposed, and the bias."""
+    def get(self) -> list[list[HalfProduct | Fp8Product]]:
+        """Of each layer, in the order of _products()."""
         originals = [parameters[name] for parameters, name in self._slots]
         if any(one.requires_grad for one in originals):
             self._state, self._originals, self._layers = [], [], []
-            return self._cast()
+            return self._make()
         state = state_of(originals)
         if state != self._state:
-            self._layers = self._cast()
+            self._layers = self._make()
             self._state, self._originals = state, [one.detach() for one in originals]
         return self._layers
 
-    def _cast(self) -> list[list[tuple[Tensor, Tensor]]]:
+    def _make(self) -> list[list[HalfProduct | Fp8Product]]:
         casts = iter(_cast([linear for some in self._linears for linear in some], self.dtype))
-        return [[(weight.t(), bias) for weight, bias in itertools.islice(casts, len(some))] for some in self._linears]
+        return [[HalfProduct(*one) for one in itertools.islice(casts, len(some))] for some in self._linears]
+
+
+class Fp8Weights(Halves):
+    """The same with weights in fp8, but for those products of the last layer that have few rows."""
+
+    in_fp8 = True
+
+    def _make(self) -> list[list[HalfProduct | Fp8Product]]:
+        *before, (key_value, *few) = self._linears
+        made = [[Fp8Product(linear, self.dtype) for linear in some] for some in (*before, [key_value])]
+        made[-1] += [HalfProduct(*one) for one in _cast(few, self.dtype)]
+        return made
+
+
+class HalfProduct:
+    """Rows in half precision times a weight, plus a bias."""
+
+    in_fp8 = False
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        self.weight, self.bias = weight.t(), bias
+
+    def __call__(self, x: Rows, out: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.values, self.weight, out=out)
+
+    def without_bias(self, x: Rows, out: Tensor) -> Tensor:
+        return torch.mm(x.values, self.weight, out=out)
+
+
+class Fp8Product:
+    """Rows in fp8 times a weight in fp8, plus a bias; out in half precision."""
+
+    in_fp8 = True
+
+    def __init__(self, linear: torch.nn.Module, dtype: torch.dtype) -> None:
+        codes, scales = ops.quantise_rows(linear.weight.detach(), backend="reference")
+        self.codes, self.scales = codes.t(), scales[None]
+        self.bias = linear.bias.detach().to(dtype)
+
+    def __call__(self, x: Rows, out: Tensor) -> Tensor:
+        return self._multiply(x, self.bias, out)
+
+    def without_bias(self, x: Rows, out: Tensor) -> Tensor:
+        return self._multiply(x, None, out)
+
+    def _multiply(self, x: Rows, bias: Tensor | None, out: Tensor) -> Tensor:
+        # Sums are kept in the matrix units, in less than float32 but far above a code's rounding, at twice the rate.
+        how = {"bias": bias, "out_dtype": out.dtype, "use_fast_accum": True, "out": out}
+        return torch._scaled_mm(x.codes, self.codes, x.scales, self.scales, **how)
 
 
 @torch.no_grad()
-def infer(layers: Sequence[Layer], x: Tensor, offsets: Tensor, span: tuple[int, int], halves: Halves) -> Tensor:
+def infer(layers: Sequence[Layer], x: Tensor, offsets: Tensor, span: tuple[int, int], weights: Halves) -> Tensor:
     """All layers, without a gradient: x (tokens, hidden), which is overwritten -> the first tokens' vectors, (pairs,
     hidden). One set of buffers serves all layers."""
+    if weights.in_fp8 and len(x) % FP8_STEP:  # rows of no pair, which nothing reads but their products
+        x = torch.nn.functional.pad(x, (0, 0, 0, -len(x) % FP8_STEP))
     tokens, hidden = x.shape
     one_pass = Pass(layers[0], offsets, span, tokens)
     qkv = x.new_empty(tokens, 3 * hidden)
-    for layer, products in zip(layers, halves.get(), strict=True):
-        *first, (out_weight, out_bias), (up_weight, _), (down_weight, down_bias) = products
+    x = rows_of(x, in_fp8=weights.in_fp8)
+    one_pass.quantise(x)
+    for layer, (*first, out_product, up, down) in zip(layers, weights.get(), strict=True):
         if layer.is_last:
-            key_value = qkv.view(-1)[: 2 * x.numel()].view(tokens, 2 * hidden)
-            torch.addmm(first[0][1], x, first[0][0], out=key_value)
-            x = x.index_select(0, one_pass.first_rows)
-            given = torch.addmm(first[1][1], x, first[1][0]), key_value
+            key_value = first[0](x, qkv.view(-1)[: 2 * x.values.numel()].view(tokens, 2 * hidden))
+            x = Rows(x.values.index_select(0, one_pass.first_rows))
+            given = first[1](x, torch.empty_like(x.values)), key_value
         else:
-            torch.addmm(first[0][1], x, first[0][0], out=qkv)
-            given = (qkv,)
+            given = (first[0](x, qkv),)
         if layer is layers[0] or layer.is_last:
-            inner = x.new_empty(len(x), layer.up.out_features)
-            attended, projected, y = (torch.empty_like(x) for _ in range(3))
-            statistics = one_pass.attention.empty_statistics(attended.unflatten(1, layer.heads))
-            means = one_pass.norms.empty_statistics(x)
-        one_pass.attend(given, attended, statistics)
-        torch.addmm(out_bias, attended, out_weight, out=projected)
-        one_pass.normalise(projected, x, layer.attention_norm, y, means)
-        torch.mm(y, up_weight, out=inner)
-        one_pass.activate(inner, layer.up.bias, inner)
-        torch.addmm(down_bias, inner, down_weight, out=projected)
-        one_pass.normalise(projected, y, layer.norm, x, means)
-    return x
+            inner = rows_of(qkv.new_empty(len(x.values), layer.up.out_features), in_fp8=down.in_fp8)
+            attended = rows_of(torch.empty_like(x.values), in_fp8=out_product.in_fp8)
+            y = rows_of(torch.empty_like(x.values), in_fp8=up.in_fp8)
+            projected = torch.empty_like(x.values)
+            statistics = one_pass.attention.empty_statistics(projected.unflatten(1, layer.heads))
+            means = one_pass.norms.empty_statistics(projected)
+        one_pass.attend(given, attended.values, statistics)
+        one_pass.quantise(attended)
+        out_product(attended, projected)
+        one_pass.normalise_rows(projected, x, layer.attention_norm, y, means)
+        up.without_bias(y, inner.values)
+        one_pass.activate_rows(inner, layer.up.bias)
+        down(inner, projected)
+        one_pass.normalise_rows(projected, y, layer.norm, x, means)
+    return x.values
 
 
 def train(
