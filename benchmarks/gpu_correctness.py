@@ -188,7 +188,9 @@ def fp8_cases(device: str, dry_run: bool, seed: int) -> Iterator[Case]:
         )
         exact = exact if bias is None else exact + bias.double()
         apart = float((out.double() - exact).norm() / exact.norm())
-        assert apart < 0.004, f"off by {apart:.2g}"  # a rounding to bf16 is up to 2^-8, .0017 in the mean
+        # Rounding to bf16 leaves .0017. Sums in a Hopper's matrix units, in 14 bits, leave more (DeepSeek-V3's report:
+        # up to .02 for single numbers of 4,096 products); rounding to fp8 before it, .037.
+        assert apart < 0.01, f"off by {apart:.2g}"
 
     for num_rows, columns in (
         ((9, 64),) if dry_run else ((3008, 384), (2000, 768), (16, 1024), (1504, 1536), (900, 2048))

@@ -3,16 +3,21 @@ goes into real tokens."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+from fp8_accuracy import emulated_fp8
 from gpu_models import SHAPES, agrees, checkpoint, texts, useful_flop
-from timing import Comparison, Contender, best_setting
+from timing import Comparison, Contender, best_setting, describe
 
 from fastrank import Reranker
+from fastrank.checkpoint import load_model
+from fastrank.model.gpu_layers import has_fp8
 from fastrank.packing import pack_pairs, plan_batches
 
 MOST_LISTS = 20
@@ -39,6 +44,15 @@ def run(*, device: str, limits: dict, data: Path | None, dry_run: bool, large: b
             return agrees(scores[: len(exact)].float().cpu().numpy(), exact.cpu().numpy())
 
         made = [Contender("fastrank", ours, len(pairs), ours=True, check=check)]
+        if shape not in ("MiniLM-L6", "MiniLM-L12"):  # which are too narrow to gain by it
+            checked = pack_pairs([pairs[i] for i in plan[0][: len(exact)]])
+            try:
+                line, contender = in_fp8(folder, batches, checked, exact, len(pairs), device, dry_run)
+            except Exception as error:  # the others go on
+                line = f"fp8 failed: {describe(error)}"
+                contender = Contender("fastrank fp8", lambda: None, len(pairs), ours=True, failure=describe(error))
+            yield f"{shape}: {line}"
+            made.append(contender)
         if not dry_run:
             made += peers(folder, padded, len(pairs), device, check, compiles=large and shape == "MiniLM-L6")
         title = f"forward, {shape}, {len(pairs)} pairs of {source}, {lengths.mean():.0f} tokens each"
@@ -49,10 +63,52 @@ def run(*, device: str, limits: dict, data: Path | None, dry_run: bool, large: b
             if not one.failure:
                 rate = flop / one.median
                 share = rate / limits["bf16_flop_per_second"]
-                yield f"{title}: {one.name:28s} {rate / 1e12:7.1f} useful TFLOP/s, {share:.0%} of the limit"
+                yield f"{title}: {one.name:28s} {rate / 1e12:7.1f} useful TFLOP/s, {share:.0%} of bf16's limit"
         del reranker, batches, padded, made, comparison
         if device == "cuda":
             torch.cuda.empty_cache()
+
+
+def in_fp8(
+    folder: Path, batches, checked, exact: torch.Tensor, num_pairs: int, device: str, dry_run: bool
+) -> tuple[str, Contender]:
+    """A line about its scores of the `checked` pairs, whose float32 scores are `exact`, and the contender. Random
+    weights make much of a rounding, so that it may leave twice as much uncorrelated as fp8 in plain PyTorch does. A dry
+    run has nothing else to run."""
+    if not dry_run and not has_fp8(torch.device(device)):
+        return "no fp8 here", Contender("fastrank fp8", lambda: None, num_pairs, failure="no fp8 here")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a model of random weights ranks otherwise
+        reranker = Reranker(folder, device=device, dtype="float32" if dry_run else "fp8", max_length=256)
+    model, checked = reranker.model, checked.to(device)
+    emulated_model = load_model(folder).requires_grad_(False).to(device).eval()
+    with torch.inference_mode(), emulated_fp8(emulated_model):
+        expected = correlation(emulated_model.score(checked), exact)
+    if dry_run:
+        model = emulated_model
+    else:
+        del emulated_model
+
+    @torch.inference_mode()
+    def run():
+        with emulated_fp8(model) if dry_run else contextlib.nullcontext():
+            return torch.cat([model.score(batch) for batch in batches])
+
+    with torch.inference_mode():
+        found = correlation(run()[: len(exact)], exact)
+    line = f"fp8 scores correlate with float32's by {found:.4f}, in plain PyTorch by {expected:.4f}"
+    if reranker.fp8_agreement is not None:
+        line += f"; Kendall's tau of made-up pairs beside bf16 {reranker.fp8_agreement:.3f}"
+
+    def check(scores) -> str | None:
+        found = correlation(scores[: len(exact)], exact)
+        return None if 1 - found <= 2 * (1 - expected) + 0.002 else f"{found:.4f}, and {expected:.4f} in plain PyTorch"
+
+    return line, Contender("fastrank fp8", run, num_pairs, ours=True, check=check)
+
+
+def correlation(scores: torch.Tensor, exact: torch.Tensor) -> float:
+    return float(np.corrcoef(scores.double().cpu().numpy(), exact.double().cpu().numpy())[0, 1])
 
 
 def pad(batch, pad_token_id: int) -> dict[str, torch.Tensor]:

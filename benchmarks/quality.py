@@ -1,6 +1,6 @@
 """nDCG@10 of BM25, of the base weights' bi-encoder and of a checkpoint, on queries that it was not trained on.
 
-python benchmarks/quality.py scifact|dl19|dl20|cranfield [--model FOLDER] [--dtype bf16|int8]: reads FASTRANK_DATA;
+python benchmarks/quality.py scifact|dl19|dl20|cranfield [--model FOLDER] [--dtype bf16|int8|fp8]: reads FASTRANK_DATA;
 prints one JSON object. With a dtype also what it does to the ranking: nDCG@10, Kendall's tau of each list's scores with
 those in float32, averaged, and the largest difference of two scores beside their standard deviation.
 """

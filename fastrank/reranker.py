@@ -384,7 +384,15 @@ class Reranker:
         found = {}
         for precision in ("bf16", "fp8"):  # the last one stays
             self.model.to_precision(precision)
-            found[precision] = np.split(self.score_pairs([pair for one in lists for pair in one]), cuts)
+            try:
+                found[precision] = np.split(self.score_pairs([pair for one in lists for pair in one]), cuts)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # torch has no such product for every GPU that has fp8
+                if precision != "fp8":
+                    raise
+                reason = str(error).strip().split("\n")[0]
+                raise ValueError(f"dtype fp8 does not run here; choose dtype='bf16' ({reason}).") from error
         tau = float(np.mean([kendall_tau(one, other) for one, other in zip(*found.values(), strict=True)]))
         if not tau >= LEAST_AGREEMENT:
             warnings.warn(

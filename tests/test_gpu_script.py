@@ -22,6 +22,7 @@ def test_every_part_runs(tmp_path):
         assert f"\n{part}: " in result.stdout
     for contender in (
         "fastrank",
+        "fastrank fp8",
         "padded SDPA, math",
         "sentence-transformers float32",
         "padded bf16 loop",

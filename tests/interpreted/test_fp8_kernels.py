@@ -198,3 +198,10 @@ def test_loading_in_fp8_compares_the_order_with_bf16s(monkeypatch):
     model.encoder._halves = None
     with pytest.warns(UserWarning, match=r"ranks made-up pairs otherwise than in bf16 \(Kendall's tau -?0"):
         assert reranker._compare_with_bf16() < 0.9
+
+    def fail(*given, **more):
+        raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED\nmore")
+
+    monkeypatch.setattr(torch, "_scaled_mm", fail)
+    with pytest.raises(ValueError, match=r"fp8 does not run here; choose dtype='bf16' \(CUBLAS_STATUS_NOT_SUPPORTED\)"):
+        reranker._compare_with_bf16()
