@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fastrank.packing import Pair
+from fastrank.packing import Pairs
 from fastrank.tokens import PairTokenizer
 
 NUM_QUERIES, NUM_DOCUMENTS = 8, 16
@@ -19,23 +19,25 @@ QUERY_TOKENS = 4, 12  # from, to
 DOCUMENT_TOKENS = 16, 160
 
 
-def made_up_lists(tokenizer: PairTokenizer) -> list[list[Pair]]:
+def made_up_lists(tokenizer: PairTokenizer) -> list[Pairs]:
     """NUM_QUERIES lists of NUM_DOCUMENTS pairs each, the same every time for a tokenizer."""
     rng = np.random.default_rng(0)
     words = tokenizer.word_ids
     lists = []
     for _ in range(NUM_QUERIES):
         query = rng.choice(words, rng.integers(*QUERY_TOKENS, endpoint=True))
-        texts = []
+        queries, documents = [], []
         for share in np.linspace(0, 1, NUM_DOCUMENTS):
             # As long as the tokenizer leaves them: it cuts nothing, and counts nothing as cut.
-            kept = tokenizer.kept_tokens(len(query), rng.integers(*DOCUMENT_TOKENS, endpoint=True))
-            document = rng.choice(words, kept[1])
-            repeated = min(round(share * kept[0]), kept[1])
-            start = rng.integers(kept[1] - repeated + 1)
+            size = rng.integers(*DOCUMENT_TOKENS, endpoint=True)
+            num_query, num_document = map(int, tokenizer.kept_tokens(len(query), size))
+            document = rng.choice(words, num_document)
+            repeated = min(round(share * num_query), num_document)
+            start = rng.integers(num_document - repeated + 1)
             document[start : start + repeated] = query[:repeated]
-            texts.append((query[: kept[0]], document))
-        lists.append(tokenizer.pairs(texts))
+            queries.append(query[:num_query])
+            documents.append(document)
+        lists.append(tokenizer.pairs(queries, documents))
     return lists
 
 

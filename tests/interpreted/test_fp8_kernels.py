@@ -165,8 +165,8 @@ class MadeUpTokenizer:
     def kept_tokens(self, num_query: int, num_document: int) -> tuple[int, int]:
         return num_query, min(num_document, 12)
 
-    def pairs(self, texts):
-        joined = [np.concatenate([[1], query, [2], document]) for query, document in texts]
+    def pairs(self, queries, documents):
+        joined = [np.concatenate([[1], *pair]) for pair in zip(queries, documents, strict=True)]
         return [(one.astype(np.int32), np.zeros(len(one), np.int32)) for one in joined]
 
 
