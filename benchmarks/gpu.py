@@ -3,9 +3,9 @@
 python benchmarks/gpu.py --part PART ... [--data DIR] [--output DIR] [--commit NAME] [--large]: first compiles all
 kernels and measures the machine's limits (copy bandwidth, bf16 matrix products), then runs some parts of PARTS, or all
 of them, and merges what it finds, as it comes, into OUTPUT/<gpu>-<commit>.json; tables come last. DIR holds TREC DL as
-FASTRANK_DATA/trec-dl does; without it texts are made up. --large adds XLM-R-large and torch.compile, which take most of
-the time. --dry_run runs the same code with tiny shapes on the CPU, kernels in Triton's interpreter (correctness) or in
-C++ (the rest), and writes nothing. Needs the package built in place: python setup.py build_ext --inplace.
+FASTRANK_DATA/trec-dl does; without it texts are made up. --large adds XLM-R-large and --compile torch.compile, which
+take most of the time. --dry_run runs the same code with tiny shapes on the CPU, kernels in Triton's interpreter
+(correctness) or in C++ (the rest), and writes nothing. Needs the package built in place: python setup.py build_ext --inplace.
 """
 
 from __future__ import annotations
@@ -54,13 +54,14 @@ def main() -> int:
     parser.add_argument("--part", choices=(*PARTS, "all"), required=True, nargs="+")
     parser.add_argument("--data", type=Path, help="folder of TREC DL's files")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--large", action="store_true", help="XLM-R-large and torch.compile, too")
+    parser.add_argument("--large", action="store_true", help="XLM-R-large, too")
+    parser.add_argument("--compile", action="store_true", help="torch.compile of MiniLM-L6 in `forward`, too")
     parser.add_argument("--commit", help="of the code, where git is not there to tell")
     parser.add_argument("--cases", default="", help="of correctness: only those whose names this expression matches")
     parser.add_argument("--skip_compile", action="store_true", help="an earlier call has compiled all kernels")
     parser.add_argument("--dry_run", action="store_true", help="tiny shapes on the CPU; writes nothing")
     options = parser.parse_args()
-    os.environ["FASTRANK_GPU_CASES"] = options.cases
+    os.environ |= {"FASTRANK_GPU_CASES": options.cases, "FASTRANK_GPU_COMPILES": "1" * options.compile}
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic sums, while outputs are poisoned
     if options.dry_run and {"correctness", "all"} & set(options.part):
         os.environ["TRITON_INTERPRET"] = "1"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ MOST_LISTS = 20
 
 def run(*, device: str, limits: dict, data: Path | None, dry_run: bool, large: bool) -> Iterator[str]:
     source, lists = texts(data, dry_run)
+    compiles = bool(os.environ.get("FASTRANK_GPU_COMPILES"))
     for shape in ("tiny",) if dry_run else [name for name in SHAPES if large or name != "XLM-R-large"]:
         folder = checkpoint(shape, data, dry_run)
         reranker = Reranker(folder, device=device, max_length=256)
@@ -54,7 +56,7 @@ def run(*, device: str, limits: dict, data: Path | None, dry_run: bool, large: b
             yield f"{shape}: {line}"
             made.append(contender)
         if not dry_run:
-            made += peers(folder, padded, len(pairs), device, check, compiles=large and shape == "MiniLM-L6")
+            made += peers(folder, padded, len(pairs), device, check, compiles=compiles and shape == "MiniLM-L6")
         title = f"forward, {shape}, {len(pairs)} pairs of {source}, {lengths.mean():.0f} tokens each"
         comparison = Comparison(title, "pairs", made, [], device)
         comparison.measure(3 if dry_run else 5, shortest_round=0 if dry_run else 0.05)
