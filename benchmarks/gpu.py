@@ -5,7 +5,8 @@ kernels and measures the machine's limits (copy bandwidth, bf16 matrix products)
 of them, and merges what it finds, as it comes, into OUTPUT/<gpu>-<commit>.json; tables come last. DIR holds TREC DL as
 FASTRANK_DATA/trec-dl does; without it texts are made up. --large adds XLM-R-large and --compile torch.compile, which
 take most of the time. --dry_run runs the same code with tiny shapes on the CPU, kernels in Triton's interpreter
-(correctness) or in C++ (the rest), and writes nothing. Needs the package built in place: python setup.py build_ext --inplace.
+(correctness) or in C++ (the rest), and writes nothing. Needs the package built in place: python setup.py build_ext
+--inplace.
 """
 
 from __future__ import annotations
