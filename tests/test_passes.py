@@ -1,13 +1,16 @@
 """Passes of a training step: what fills a batch up changes no gradient, and all weights have one. Graphs need a GPU:
 benchmarks/gpu_correctness.py holds training by them against training without."""
 
+import warnings
+import weakref
+
 import pytest
 import torch
 from hub_models import make_checkpoint, random_pairs
 
 from fastrank.checkpoint import load_model
-from fastrank.packing import pack_pairs
-from fastrank.train.passes import Passes, Update
+from fastrank.packing import PackedBatch, pack_pairs
+from fastrank.train.passes import Passes, Update, _Recorded
 
 
 @pytest.mark.parametrize("kind", ["bert", "electra", "roberta", "xlm-roberta"])
@@ -29,6 +32,85 @@ def test_what_fills_a_batch_up_changes_no_gradient(kind, tmp_path):
     for name, exact in gradients[0].items():
         assert exact is not None, f"{name} has no gradient"
         assert torch.allclose(gradients[1][name], exact, atol=1e-5 * float(exact.abs().max())), name
+
+
+class Graph:
+    """Stands in for a graph: a GPU runs what was recorded, this what it is given."""
+
+    def __init__(self, replay):
+        self.replay = replay
+
+
+def graphs_of(model, inputs, *, off_by=0.0) -> _Recorded:
+    """A bucket's graphs as recording makes them, or wrong ones."""
+    made = []
+    scores, slopes = torch.zeros(inputs.num_pairs), torch.zeros(inputs.num_pairs)
+
+    def forward():
+        made[:] = [model.score(inputs)]
+        scores.copy_(made[0].detach())
+
+    def backward():
+        made[0].backward(slopes * (1 + off_by))
+
+    return _Recorded(Graph(forward), Graph(backward), inputs, scores, slopes)
+
+
+@pytest.mark.parametrize("off_by", [0.0, 0.2, float("nan")])
+def test_graphs_are_compared_with_what_they_record(off_by, tmp_path, monkeypatch):
+    """The steps of a bucket go on right whether its graphs are right, wrong, or cannot be recorded; and what a step had
+    added to the gradients before stays there."""
+    pairs = random_pairs(make_checkpoint(tmp_path, "bert"), [5, 90, 3, 40, 100])
+    model = load_model(tmp_path, dropout=0.1).train()
+    passes = Passes(model, torch.device("cpu"), filler=(0, 0), unrecorded=1)
+    passes._fills = passes.uses_graphs = passes._keeps_gradients = True
+    recorded = []
+
+    def record(filled):
+        recorded.append(graphs_of(model, filled, off_by=off_by))
+        return recorded[-1]
+
+    monkeypatch.setattr(passes, "_record", record)
+    monkeypatch.setattr(PackedBatch, "copy_to", lambda self, other: None)  # always the same batch here
+    batch, steps = pack_pairs(pairs), []
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(4):
+            passes.clear_gradients()
+            for seed in (1, 2):
+                scores, go_back = passes.forward(batch, seed)
+                go_back(torch.linspace(-1, 1, len(pairs)))
+            steps.append([scores, *(one.grad.clone() for one in model.parameters())])
+    assert len(recorded) == 1 and passes.uses_graphs == (off_by == 0)
+    assert [str(one.message)[:39] for one in told] == ["Training goes on without CUDA graphs: g"] * (off_by != 0)
+    for step in steps[1:]:
+        assert all(torch.allclose(one, first, rtol=1e-4, atol=1e-6) for one, first in zip(step, steps[0], strict=True))
+    go_back = passes.forward(batch, 1)[1]
+    passes.forward(batch, 2)
+    with pytest.raises(RuntimeError, match="Another batch has been scored since"):
+        go_back(torch.ones(len(pairs)))
+
+
+def test_nothing_of_a_pass_lives_on_into_the_next(tmp_path):
+    """What ties the weights to a stream must be gone when a graph is recorded on another one."""
+    pairs = random_pairs(make_checkpoint(tmp_path, "bert"), [5, 90])
+    model = load_model(tmp_path).train()
+    passes = Passes(model, torch.device("cpu"), filler=(0, 0))
+    alive = []
+    scored = model.score
+
+    def score(batch):
+        assert all(one() is None for one in alive)
+        scores = scored(batch)
+        alive.append(weakref.ref(scores))
+        return scores
+
+    model.score = score
+    for goes_back in (True, False, True):
+        scores, go_back = passes.forward(pack_pairs(pairs), 0)
+        if goes_back:
+            go_back(torch.ones_like(scores))
+    assert len(alive) == 3
 
 
 def test_each_group_learns_at_its_own_rate(tmp_path):

@@ -7,6 +7,7 @@ same masks; what fills it up has no part in the loss, and its gradients are zero
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,10 @@ __all__ = ["Passes", "Update"]
 MOST_TOKENS = 131072  # of a pass by graphs: more keep a GPU busy without
 MOST_GRAPHS = 48
 UNRECORDED = 2  # passes of a bucket, and updates, before a graph of them is recorded: it takes some tenths of a second
+
+# Of gradients by a graph from those without, relative to their norm: bf16 rounds by .004, and another mask of dropout's
+# would change the first digit.
+FURTHEST_APART = 0.05
 
 GoBack = Callable[[Tensor], None]
 
@@ -63,16 +68,17 @@ class Passes:
         self._learning = [one for one in model.parameters() if one.requires_grad]
         encoder = model.encoder
         self._fills = device.type == "cuda" and can_run(encoder.layers, device.type, encoder.precision)
-        self.uses_graphs = uses_graphs and self._fills
+        self.uses_graphs = self._keeps_gradients = uses_graphs and self._fills
         self._unrecorded = unrecorded
         self._met: Counter[Bucket] = Counter()
         self._recorded: dict[Bucket, _Recorded] = {}
         self._pool = None
-        self._replays = 0
+        self._scores: Tensor | None = None  # of the last forward without a graph
+        self._number = 0  # of forwards
 
     def clear_gradients(self) -> None:
-        """To be called before the first pass of a step."""
-        if not self.uses_graphs:
+        """To be called before the first pass of a step. Where graphs are used gradients stay where they are."""
+        if not self._keeps_gradients:
             for one in self._learning:
                 one.grad = None
         elif self._learning:
@@ -87,40 +93,38 @@ class Passes:
 
         seed: of dropout's masks.
         """
+        # A graph of autograd's that lives on ties the weights to the stream that it was made on, and nothing can be
+        # recorded on another one.
+        self._scores = None
+        self._number += 1
         bucket = self._find_bucket(batch)
-        if bucket is None:
-            torch.manual_seed(seed)
-            scores = self._model.score(batch.to(self._device))
-            return scores.detach(), lambda slopes: self._add_gradients(scores, slopes)
-        filled = fill(batch, bucket, self._filler)
-        if self.uses_graphs:
-            if (
-                bucket not in self._recorded
-                and self._met[bucket] >= self._unrecorded
-                and len(self._recorded) < MOST_GRAPHS
-            ):
-                self._try_to_record(bucket, filled)
+        filled = batch if bucket is None else fill(batch, bucket, self._filler)
+        if bucket is not None and self.uses_graphs:
             self._met[bucket] += 1
-        torch.manual_seed(seed)
+            if bucket not in self._recorded and self._unrecorded < self._met[bucket]:
+                self._try_to_record(bucket, filled, seed)
         recorded = self._recorded.get(bucket)
+        torch.manual_seed(seed)
         if recorded is None:
-            scores = self._model.score(filled.to(self._device))
-            return scores.detach()[: batch.num_pairs], lambda slopes: self._add_gradients(
-                scores, torch.cat([slopes, slopes.new_zeros(bucket.num_pairs - len(slopes))])
-            )
-        filled.copy_to(recorded.inputs)
-        recorded.forward.replay()
-        self._replays += 1
-        number = self._replays
+            self._scores = scores = self._model.score(filled.to(self._device))
+        else:
+            filled.copy_to(recorded.inputs)
+            recorded.forward.replay()
+            scores = recorded.scores.clone()
+        number = self._number
 
         def go_back(slopes: Tensor) -> None:
-            if number != self._replays:
-                raise RuntimeError("Another batch has been scored since: graphs share their memory.")
-            recorded.slopes[: len(slopes)].copy_(slopes)
-            recorded.slopes[len(slopes) :].zero_()
-            recorded.backward.replay()
+            if number != self._number:
+                raise RuntimeError("Another batch has been scored since.")
+            missing = filled.num_pairs - len(slopes)
+            if recorded is not None:
+                recorded.slopes[: len(slopes)].copy_(slopes)
+                recorded.slopes[len(slopes) :].zero_()
+                recorded.backward.replay()
+            else:
+                self._add_gradients(torch.cat([slopes, slopes.new_zeros(missing)]) if missing else slopes)
 
-        return recorded.scores[: batch.num_pairs].clone(), go_back
+        return scores.detach()[: batch.num_pairs], go_back
 
     def _find_bucket(self, batch: PackedBatch) -> Bucket | None:
         if not self._fills:
@@ -128,19 +132,32 @@ class Passes:
         bucket = find_bucket(batch.num_tokens, batch.num_pairs, batch.max_pair_tokens, most_tokens=MOST_TOKENS)
         return None if bucket is None or bucket.longest > self._model.max_pair_tokens else bucket
 
-    def _add_gradients(self, scores: Tensor, slopes: Tensor) -> None:
-        if not self.uses_graphs:
+    def _add_gradients(self, slopes: Tensor) -> None:
+        scores, self._scores = self._scores, None
+        if self._keeps_gradients:  # in few launches, to where graphs add, too
+            found = torch.autograd.grad(scores, self._learning, slopes)
+            torch._foreach_add_([one.grad for one in self._learning], found)
+        else:
             scores.backward(slopes)
-            return
-        found = torch.autograd.grad(scores, self._learning, slopes)
-        torch._foreach_add_([one.grad for one in self._learning], found)
 
-    def _try_to_record(self, bucket: Bucket, filled: PackedBatch) -> None:
+    def _try_to_record(self, bucket: Bucket, filled: PackedBatch, seed: int) -> None:
+        """Records a bucket, and compares it with what it is a record of; where that fails, graphs are given up."""
+        if len(self._recorded) >= MOST_GRAPHS:
+            return
+        kept = []
         try:
+            kept += (one.grad.clone() for one in self._learning)
             with torch.enable_grad():
-                self._recorded[bucket] = self._record(filled)
-        except torch.cuda.OutOfMemoryError:  # a graph's memory is its own, beside what passes without one have used
-            self._met[bucket] = -(2**31)
+                recorded = self._record(filled)
+                apart = self._compare(recorded, seed)
+            if not apart < FURTHEST_APART:  # NaN is not
+                raise RuntimeError(f"gradients by a graph are off by {apart:.2g}")
+            self._recorded[bucket] = recorded
+        except RuntimeError as error:  # also where there is no memory left: a graph's is its own
+            self.uses_graphs, self._recorded = False, {}
+            warnings.warn(f"Training goes on without CUDA graphs: {error}", stacklevel=2)
+        for one, gradient in zip(self._learning, kept, strict=False):  # fewer where there was no memory for them
+            one.grad.copy_(gradient)
 
     def _record(self, filled: PackedBatch) -> _Recorded:
         inputs = filled.to(self._device)
@@ -161,6 +178,22 @@ class Passes:
 
         backward, _ = record(go_back, self._pool)
         return _Recorded(forward, backward, inputs, scores.detach(), slopes)
+
+    def _compare(self, recorded: _Recorded, seed: int) -> float:
+        """How far the gradients by a graph are from those without, relative to their norm."""
+        gradients = [one.grad for one in self._learning]
+        torch._foreach_zero_(gradients)
+        recorded.slopes.copy_(torch.linspace(-1, 1, len(recorded.slopes), device=self._device))
+        torch.manual_seed(seed)
+        recorded.forward.replay()
+        recorded.backward.replay()
+        torch.manual_seed(seed)
+        scores = self._model.score(recorded.inputs)
+        exact = torch.autograd.grad(scores, self._learning, recorded.slopes)
+        torch._foreach_sub_(gradients, exact)
+        differences = [*gradients, scores.detach() - recorded.scores]
+        apart, size = (torch.stack(torch._foreach_norm(tensors)).norm() for tensors in (differences, exact))
+        return float(apart / size)
 
 
 class Update:
@@ -191,8 +224,14 @@ class Update:
         else:
             self._rates.copy_(rates.float().pin_memory(), non_blocking=True)
         self._count += 1
-        if self._uses_graphs and self._graph is None and self._count > UNRECORDED:
-            self._graph, _ = record(self._run, None)  # the first runs have made the moments
+        if (
+            self._uses_graphs and self._graph is None and self._count > UNRECORDED
+        ):  # the first runs have made the moments
+            try:
+                self._graph, _ = record(self._run, None)
+            except RuntimeError as error:  # nothing has run yet
+                self._uses_graphs = False
+                warnings.warn(f"Weights are updated without a CUDA graph: {error}", stacklevel=2)
         if self._graph is None:
             self._run()
         else:
