@@ -4,6 +4,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#ifdef FASTRANK_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
@@ -39,6 +45,29 @@ const fastrank::Kernels* avx512_kernels() {
 #endif
   return &fastrank::avx512::kernels;
 }
+
+#ifdef FASTRANK_AMX
+// Whether the processor has AMX for bf16 and Linux lets this process use its registers, which it wants to be asked for.
+bool grants_tiles() {
+  unsigned int eax, ebx, ecx, edx = 0;
+  constexpr unsigned int AMX_BF16 = 1u << 22, AMX_TILE = 1u << 24;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || !(edx & AMX_BF16) || !(edx & AMX_TILE)) return false;
+  constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+}
+
+const fastrank::Kernels* amx_kernels() {
+  static const fastrank::Kernels table = [] {
+    fastrank::Kernels table = *avx512_kernels();
+    table.isa = "amx";
+    table.linear_layout = fastrank::amx::linear_layout;
+    table.linear_forward = fastrank::amx::linear_forward;
+    table.multiplies_in_tiles = true;
+    return table;
+  }();
+  return &table;
+}
+#endif
 #endif
 
 std::vector<const fastrank::Kernels*> supported() {  // the fastest first
@@ -46,8 +75,12 @@ std::vector<const fastrank::Kernels*> supported() {  // the fastest first
 #ifdef FASTRANK_X86
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni")) {
+#ifdef FASTRANK_AMX
+    if (__builtin_cpu_supports("avx512bf16") && grants_tiles()) tables.push_back(amx_kernels());
+#endif
     tables.push_back(avx512_kernels());
+  }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) tables.push_back(&fastrank::avx2::kernels);
 #endif
   tables.push_back(&fastrank::plain::kernels);
@@ -227,9 +260,11 @@ void define_wordpiece(py::module_& m) {
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "C++ kernels of fastrank; use them through fastrank.ops.";
-  m.def("isa", [] { return std::string(kernels().isa); }, "The instruction set in use: plain, avx2 or avx512.");
+  m.def("isa", [] { return std::string(kernels().isa); }, "The instruction set in use: plain, avx2, avx512 or amx.");
   m.def("multiplies_bf16", [] { return kernels().multiplies_bf16; },
         "Whether the instruction set in use has an instruction for products of bf16.");
+  m.def("multiplies_in_tiles", [] { return kernels().multiplies_in_tiles; },
+        "Whether the instruction set in use multiplies bf16 in matrix units.");
   m.def(
       "supported_isas",
       [] {

@@ -8,6 +8,7 @@ namespace fastrank::FASTRANK_ISA {
 extern const Kernels kernels = {
     FASTRANK_NAME(FASTRANK_ISA),
     false,
+    false,
     attention_forward,
     attention_backward,
     gelu_forward,

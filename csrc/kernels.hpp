@@ -12,7 +12,8 @@ namespace fastrank {
 
 struct Kernels {
   const char* isa;
-  bool multiplies_bf16;  // by an instruction of its own
+  bool multiplies_bf16;    // by an instruction of its own
+  bool multiplies_in_tiles;  // bf16, by matrix units
   void (*attention_forward)(const AttentionForward&);
   void (*attention_backward)(const AttentionBackward&);
   void (*gelu_forward)(const GeluForward&);
@@ -31,6 +32,11 @@ namespace avx2 { extern const Kernels kernels; }
 namespace avx512 { extern const Kernels kernels; }
 // Where the compiler knows AVX512_BF16: linear.cpp compiled with it. Everything else is avx512's.
 namespace avx512_bf16 { void linear_forward(const LinearForward& arguments); }
+// Where it knows AMX, too: products of bf16 in matrix units. Everything else is avx512's.
+namespace amx {
+LinearLayout linear_layout(Precision precision);
+void linear_forward(const LinearForward& arguments);
+}  // namespace amx
 #endif
 
 }  // namespace fastrank

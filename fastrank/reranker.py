@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from fastrank import backend
 from fastrank.checkpoint import WEIGHT_FILES, load_model, score_activation
 from fastrank.command_line import MAX_THREADS
 from fastrank.model import CrossEncoder
@@ -66,8 +65,8 @@ class Reranker:
         device: "cpu", "cuda", "cuda:1" ...; default: a GPU where torch finds one.
         dtype: "float32", "bf16", "fp16" (on a GPU) or "int8" (on a CPU): what matrix products are computed in, and on a
             GPU what lies between them; sums and the head are float32. "auto" is float32 on a CPU and bf16 on a
-            GPU. On a CPU bf16 is faster where the processor has an instruction for it (`python -m fastrank backends`;
-            with AMX, by torch's products), and elsewhere saves memory. For int8 weights are quantised here, activations
+            GPU. On a CPU bf16 is faster where the processor has an instruction or matrix units (AMX) for it (`python
+            -m fastrank backends`), and elsewhere saves memory. For int8 weights are quantised here, activations
             as they come, both with a scale for 64 neighbours, without calibration.
         max_length: tokens of a pair, special tokens included; default: what tokenizer and model allow.
         max_query_tokens, max_document_tokens: cut each side first; default: no such cut.
@@ -126,7 +125,7 @@ class Reranker:
             prefer_int8=precision == "int8",
         )
         loaded.requires_grad_(False)
-        if place.type == "cpu" and not (precision == "bf16" and backend.multiplies_in_tiles()):
+        if place.type == "cpu":
             if not loaded.is_frozen:
                 loaded.freeze(precision, keep_weights=False)
         else:

@@ -185,17 +185,21 @@ def test_bf16_is_rounded_as_torch_rounds(backend):
 
 
 @pytest.mark.parametrize("depth", [1, 2, 63, 191, 193, 385])
-def test_every_instruction_set_sums_bf16_alike(backend, depth):
-    """Bit for bit: sums of 192 products each, pair by pair, of a pair the second product first."""
+def test_every_instruction_set_sums_bf16_alike(isa, backend, depth):
+    """Bit for bit: sums of 192 products each, pair by pair, of a pair the second product first. Matrix units sum the
+    first and the second products of sixteen pairs by themselves, and the bias comes last."""
     x, first, _ = make(7, depth, 40, "bf16", seed=depth)
-    left, right = (functional.pad(one.bfloat16().float(), (0, depth % 2)) for one in (x, first.weight))
-    sums = first.bias.expand(7, 40)
-    for begin in range(0, depth, 192):
-        part = torch.zeros(7, 40)
-        for k in range(begin, min(begin + 192, depth), 2):
-            for place in (k + 1, k):
-                part += left[:, place, None] * right[:, place]  # exact
-        sums = sums + part
+    left, right = (functional.pad(one.bfloat16().float(), (0, -depth % 32)) for one in (x, first.weight))
+    product = lambda k: left[:, k, None] * right[:, k]  # noqa: E731  (exact)
+    sums = torch.zeros(7, 40) if isa == "amx" else first.bias.expand(7, 40)
+    block = 32 if isa == "amx" else 192
+    for begin in range(0, depth, block):
+        pairs = range(begin, min(begin + block, left.shape[1]), 2)
+        if isa == "amx":
+            sums = sums + (sum(map(product, pairs)) + sum(product(k + 1) for k in pairs))
+        else:
+            sums = sums + sum(product(place) for k in pairs for place in (k + 1, k))
+    sums = sums + first.bias if isa == "amx" else sums
     assert torch.equal(ops.linear(x, first, backend=backend), sums)
 
 

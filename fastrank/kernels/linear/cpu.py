@@ -50,10 +50,10 @@ def pack(weights: LinearWeights) -> tuple:
     isa = _cpu.isa()
     if isa not in weights.packed:
         weights.require_weight()
-        panel, group, _ = _cpu.linear_layout(weights.precision)
+        panel, group, block = _cpu.linear_layout(weights.precision)
         columns, missing = weights.columns, -weights.columns % panel
         values = weights.weight.flatten(1)
-        filled = functional.pad(values, (0, -values.shape[1] % group, 0, missing))
+        filled = functional.pad(values, (0, -values.shape[1] % block, 0, missing))
         panels = filled.view(-1, panel, filled.shape[1] // group, group).transpose(1, 2).contiguous()
         scales = sums = None
         if weights.scales is not None:
