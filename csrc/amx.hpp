@@ -62,7 +62,13 @@ inline __attribute__((always_inline)) vfloat exp2_nonpositive(vfloat x) {
   return (vfloat)_mm512_scalef_ps((__m512)p, (__m512)x);  // p * 2^floor(x)
 }
 
-// Two rows of thirty-two bf16 as pairs, the upper row's number first: sixteen columns each.
+// The first `count` floats, any number of them, also none; then those of `other`.
+inline __attribute__((always_inline)) vfloat load_first(const float* p, int64_t count, vfloat other) {
+  const __mmask16 mask = count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1;
+  return (vfloat)_mm512_mask_loadu_ps((__m512)other, mask, p);
+}
+
+// Two rows of thirty-two bf16 as thirty-two pairs, the upper row's number first.
 inline __attribute__((always_inline)) void store_pairs_of_rows(uint16_t* out, const uint16_t* upper, const uint16_t* lower) {
   const __m512i a = _mm512_loadu_si512(upper), b = _mm512_loadu_si512(lower);
   const auto interleave = [&](int half) {
@@ -71,7 +77,7 @@ inline __attribute__((always_inline)) void store_pairs_of_rows(uint16_t* out, co
     return _mm512_or_si512(_mm512_cvtepu16_epi32(x), _mm512_slli_epi32(_mm512_cvtepu16_epi32(y), 16));
   };
   _mm512_store_si512(out, interleave(0));
-  _mm512_store_si512(out + TILE_BYTES / 2, interleave(1));
+  _mm512_store_si512(out + TILE_DEPTH, interleave(1));
 }
 
 }  // namespace fastrank::FASTRANK_ISA

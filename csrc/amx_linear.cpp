@@ -32,9 +32,10 @@ void bf16_forward(const LinearForward& a) {
                     last.columns - column);
     };
     const auto write = [&](const auto& activate) FASTRANK_INLINE_LAMBDA {
-      return [&](int64_t row, int64_t column, const float* sums) FASTRANK_INLINE_LAMBDA {
-        store_row(row, column, activate(load(sums) + load(last.bias + column)));
-        store_row(row, column + LANES, activate(load(sums + LANES) + load(last.bias + column + LANES)));
+      return [&](int64_t row, int64_t left, int64_t column, const float* sums) FASTRANK_INLINE_LAMBDA {
+        TwoRows x(sums, last.bias + column);
+        activate(x.values);
+        for (int v = 0; v < (left > 1 ? 4 : 2); ++v) store_row(row + v / 2, column + v % 2 * LANES, x.values[v]);
       };
     };
     const Tiles tiles;
@@ -44,7 +45,7 @@ void bf16_forward(const LinearForward& a) {
       });
     else
       multiply_twice(left, rows, a.first, a.activation, *a.second, scratch,
-                     write([](vfloat x) FASTRANK_INLINE_LAMBDA { return x; }));
+                     write([](vfloat (&)[4]) FASTRANK_INLINE_LAMBDA {}));
     if (a.norm_weight == nullptr) return;
     for (int64_t row = 0; row < rows; ++row)
       layer_norm_row<true>(last.columns, out + row * last.columns, a.residual + (begin + row) * last.columns, a.norm_weight,

@@ -32,6 +32,12 @@ struct RoundedRows {
   FASTRANK_INLINE uint16_t* at(int64_t row, int64_t step) const {
     return data + (row / SIDE * steps + step) * SIDE_NUMBERS + row % SIDE * TILE_DEPTH;
   }
+  // Where the second row is past the last one it fills up.
+  FASTRANK_INLINE void write_two_rows(int64_t row, int64_t step, const vfloat (&x)[4]) const {
+    uint16_t* const place = at(row, step);
+    store_bf16(place, x[0], x[1]);
+    store_bf16(place + TILE_DEPTH, x[2], x[3]);
+  }
   // The depth is filled up with zeros.
   FASTRANK_INLINE void write(int64_t row, const float* x, int64_t depth) const {
     for (int64_t step = 0; step < steps; ++step, x += TILE_DEPTH, depth -= TILE_DEPTH) {
@@ -54,10 +60,11 @@ struct CarriedSums {
   static int64_t floats(int64_t rows, int64_t columns) { return divide_up(rows, SIDE) * divide_up(columns, PANEL) * SIDE_NUMBERS; }
 };
 
-// Adds products along `steps` of the depth to tiles 0 to 3; with HALF only the upper 16 rows. In between, between(step).
+// Adds products along `steps` of the depth to tiles 0 to 3, with HALF only the upper 16 rows; after each step, between().
 template <bool HALF, class Between>
-FASTRANK_INLINE void multiply_tiles(const uint16_t* left, const uint16_t* right, int64_t steps, const Between& between) {
-  for (int64_t step = 0; step < steps; ++step, left += SIDE_NUMBERS, right += SIDE_NUMBERS) {
+FASTRANK_INLINE void multiply_tiles(const uint16_t* left, const uint16_t* right, int64_t steps, const Between& between,
+                                   int64_t left_stride = SIDE_NUMBERS) {
+  for (int64_t step = 0; step < steps; ++step, left += left_stride, right += SIDE_NUMBERS) {
     FASTRANK_TILE_LOAD(4, left, TILE_BYTES / TILE);
     FASTRANK_TILE_LOAD(6, right, 2 * TILE_BYTES / TILE);
     FASTRANK_TILE_MULTIPLY(0, 4, 6);
@@ -68,7 +75,7 @@ FASTRANK_INLINE void multiply_tiles(const uint16_t* left, const uint16_t* right,
       FASTRANK_TILE_MULTIPLY(2, 5, 6);
       FASTRANK_TILE_MULTIPLY(3, 5, 7);
     }
-    between(step);
+    between();
   }
 }
 
@@ -91,23 +98,32 @@ FASTRANK_INLINE void store_sums(float* sums, int64_t stride = SIDE) {
   FASTRANK_TILE_STORE(3, sums + TILE * stride + TILE, stride * sizeof(float));
 }
 
-// Calls finish(row, column, the row's 32 sums from that column on) for each row and panel in [first_panel, last_panel); a part of the
-// depth that is not the last one calls nothing. weights: first_step is where `left` begins along their depth.
+// Two rows of 32 sums each. The second one may lie past the last row and is no number that counts then.
+struct TwoRows {
+  vfloat values[4];
+
+  FASTRANK_INLINE TwoRows(const float* sums, const float* bias) {
+    for (int v = 0; v < 4; ++v) values[v] = load(sums + v * LANES) + load(bias + v % 2 * LANES);
+  }
+};
+
+// Calls finish(row, rows left, column, sums) for each panel in [first_panel, last_panel) and every second row: the 32 sums of that row
+// from that column on, then those of the next one. A part of the depth that is not the last one calls nothing. weights: first_step is
+// where `left` begins along their depth.
 template <class Finish>
 void multiply(const RoundedRows& left, int64_t rows, const LinearWeights& weights, int64_t first_panel, int64_t last_panel,
               int64_t first_step, const CarriedSums& carried, const Finish& finish) {
-  const int64_t all_steps = divide_up(weights.depth, TILE_DEPTH), tiles = divide_up(rows, SIDE);
+  const int64_t steps = left.steps, all_steps = divide_up(weights.depth, TILE_DEPTH), tiles = divide_up(rows, SIDE);
   // The next panel is fetched from afar while this one is used.
-  const int64_t panel_lines = left.steps * SIDE_NUMBERS * 2 / 64, lines_each = divide_up(panel_lines, tiles * left.steps);
+  const int64_t lines_each = divide_up(SIDE_NUMBERS * sizeof(uint16_t) / 64, tiles);
   alignas(64) float turns[2][SIDE_NUMBERS];
 
   struct {
     const float* sums = nullptr;
     int64_t row = 0, rows = 0, column = 0;
   } waiting;
-  const auto finish_rows = [&](int64_t begin, int64_t end) FASTRANK_INLINE_LAMBDA {
-    for (int64_t row = begin; row < std::min(end, waiting.rows); ++row)
-      finish(waiting.row + row, waiting.column, waiting.sums + row * SIDE);
+  const auto finish_two = [&](int64_t row) FASTRANK_INLINE_LAMBDA {
+    finish(waiting.row + row, waiting.rows - row, waiting.column, waiting.sums + row * SIDE);
   };
   before_tile_loads();
   int turn = 0;
@@ -121,31 +137,39 @@ void multiply(const RoundedRows& left, int64_t rows, const LinearWeights& weight
         clear_sums();
       else
         load_sums(kept);
-      const int64_t height = std::min(SIDE, rows - tile * SIDE), each = divide_up(waiting.rows, left.steps);
-      const auto between = [&](int64_t step) FASTRANK_INLINE_LAMBDA {
+      const int64_t height = std::min(SIDE, rows - tile * SIDE);
+      // Evenly along the depth: what is finished meanwhile takes as long as the matrix unit does, if that is GELU.
+      int64_t finished = 0, due = 0;
+      const auto between = [&]() FASTRANK_INLINE_LAMBDA {
         for (int64_t line = 0; line < lines_each; ++line, next += 64) prefetch_to_l2(next);
-        finish_rows(step * each, (step + 1) * each);
+        for (due += SIDE / 2; due >= steps; due -= steps, finished += 2)
+          if (finished < waiting.rows) finish_two(finished);
       };
       if (height <= TILE)
-        multiply_tiles<true>(left.at(tile * SIDE, 0), right, left.steps, between);
+        multiply_tiles<true>(left.at(tile * SIDE, 0), right, steps, between);
       else
-        multiply_tiles<false>(left.at(tile * SIDE, 0), right, left.steps, between);
+        multiply_tiles<false>(left.at(tile * SIDE, 0), right, steps, between);
       store_sums(sums);
       waiting = {sums, tile * SIDE, carried.end ? height : 0, panel * PANEL};
     }
   }
-  finish_rows(0, SIDE);
+  for (int64_t row = 0; row < waiting.rows; row += 2) finish_two(row);
 }
 
-// Calls body(function of a vector) with the activation.
+// Calls body(function of a few vectors, in place) with the activation.
 template <class Body>
 void with_activation(Activation activation, const Body& body) {
+  const auto each = [](const auto& function) {
+    return [=](vfloat (&x)[4]) FASTRANK_INLINE_LAMBDA {
+      for (vfloat& one : x) one = function(one);
+    };
+  };
   switch (activation) {
-    case Activation::NONE: return body([](vfloat x) FASTRANK_INLINE_LAMBDA { return x; });
-    case Activation::GELU: return body([](vfloat x) FASTRANK_INLINE_LAMBDA { return gelu_for_bf16(x); });
-    case Activation::GELU_TANH: return body([](vfloat x) FASTRANK_INLINE_LAMBDA { return gelu_tanh(x).value; });
+    case Activation::NONE: return body([](vfloat (&)[4]) FASTRANK_INLINE_LAMBDA {});
+    case Activation::GELU: return body([](vfloat (&x)[4]) FASTRANK_INLINE_LAMBDA { gelu_for_bf16(x); });
+    case Activation::GELU_TANH: return body(each([](vfloat x) FASTRANK_INLINE_LAMBDA { return gelu_tanh(x).value; }));
     case Activation::RELU:
-      return body([](vfloat x) FASTRANK_INLINE_LAMBDA { return select(x < splat(0.f), splat(0.f), x); });
+      return body(each([](vfloat x) FASTRANK_INLINE_LAMBDA { return select(x < splat(0.f), splat(0.f), x); }));
   }
 }
 
@@ -163,12 +187,13 @@ void multiply_twice(const RoundedRows& left, int64_t rows, const LinearWeights& 
     for (int64_t begin = 0; begin < panels; begin += PART_PANELS) {
       const int64_t end = std::min(begin + PART_PANELS, panels);
       const RoundedRows part{between.data, end - begin};
-      multiply(left, rows, first, begin, end, 0, {}, [&](int64_t row, int64_t column, const float* sums) FASTRANK_INLINE_LAMBDA {
-        // What fills the columns up may be any finite number: zeros follow in the second weights.
-        const vfloat low = activate(load(sums) + load(first.bias + column));
-        const vfloat high = activate(load(sums + LANES) + load(first.bias + column + LANES));
-        store_bf16(part.at(row, column / PANEL - begin), low, high);
-      });
+      multiply(left, rows, first, begin, end, 0, {},
+               [&](int64_t row, int64_t, int64_t column, const float* sums) FASTRANK_INLINE_LAMBDA {
+                 TwoRows x(sums, first.bias + column);
+                 activate(x.values);
+                 // Columns that fill up meet zeros in the second weights.
+                 part.write_two_rows(row, column / PANEL - begin, x.values);
+               });
       carried.begin = begin == 0, carried.end = end == panels;
       multiply(part, rows, second, 0, divide_up(second.columns, PANEL), begin, carried, finish);
     }

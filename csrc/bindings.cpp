@@ -62,6 +62,7 @@ const fastrank::Kernels* amx_kernels() {
     table.isa = "amx";
     table.linear_layout = fastrank::amx::linear_layout;
     table.linear_forward = fastrank::amx::linear_forward;
+    table.encoder_forward = fastrank::amx::encoder_forward;
     table.multiplies_in_tiles = true;
     return table;
   }();
@@ -146,6 +147,15 @@ fastrank::Precision precision_named(const std::string& name) {
                            {{"float32", Precision::FLOAT32}, {"bf16", Precision::BF16}, {"int8", Precision::INT8}});
 }
 
+fastrank::Activation activation_named(const std::string& name) {
+  using fastrank::Activation;
+  return choice<Activation>("activation", name,
+                            {{"none", Activation::NONE},
+                             {"gelu", Activation::GELU},
+                             {"gelu_tanh", Activation::GELU_TANH},
+                             {"relu", Activation::RELU}});
+}
+
 // The weights of a product as fastrank.kernels.linear.cpu packs them: precision, panels, scales, sums, bias, columns, depth.
 using PackedWeights = std::tuple<std::string, py::array, MaybeFloats, MaybeFloats, Array<float>, int64_t, int64_t>;
 
@@ -163,6 +173,16 @@ fastrank::LinearWeights linear_weights(const PackedWeights& packed, const fastra
     throw std::invalid_argument("weights that are not packed for the instruction set " + std::string(table.isa));
   return {precision, panels.data(), read(scales), read(sums), bias.data(), columns, depth};
 }
+
+fastrank::LinearWeights bf16_weights(const PackedWeights& packed, const fastrank::Kernels& table) {
+  const auto weights = linear_weights(packed, table);
+  if (weights.precision != fastrank::Precision::BF16) throw std::invalid_argument("the layers take bf16 weights");
+  return weights;
+}
+
+// Weight, bias and eps of a LayerNorm; and a layer: qkv, attention_output and its norm, up, down and the last norm.
+using PackedNorm = std::tuple<Array<float>, Array<float>, float>;
+using PackedLayer = std::tuple<PackedWeights, PackedWeights, PackedNorm, PackedWeights, PackedWeights, PackedNorm>;
 
 void define_listwise(py::module_& m, const char* name, fastrank::ListwiseKernel* fastrank::Kernels::*member) {
   m.def(
@@ -378,7 +398,6 @@ PYBIND11_MODULE(_cpu, m) {
       [](const Array<float>& x, const PackedWeights& first, const std::string& activation,
          const std::optional<PackedWeights>& second, const MaybeFloats& residual, const MaybeFloats& norm_weight,
          const MaybeFloats& norm_bias, float eps, Array<float> out, int64_t groups, int num_threads) {
-        using fastrank::Activation;
         const fastrank::Kernels& table = kernels();
         const fastrank::LinearWeights first_weights = linear_weights(first, table);
         fastrank::LinearWeights second_weights{};
@@ -386,11 +405,7 @@ PYBIND11_MODULE(_cpu, m) {
         const fastrank::LinearForward arguments{x.data(),
                                                 x.shape(0),
                                                 first_weights,
-                                                choice<Activation>("activation", activation,
-                                                                   {{"none", Activation::NONE},
-                                                                    {"gelu", Activation::GELU},
-                                                                    {"gelu_tanh", Activation::GELU_TANH},
-                                                                    {"relu", Activation::RELU}}),
+                                                activation_named(activation),
                                                 second ? &second_weights : nullptr,
                                                 read(residual),
                                                 read(norm_weight),
@@ -406,6 +421,42 @@ PYBIND11_MODULE(_cpu, m) {
       py::arg("x").noconvert(), py::arg("first"), py::arg("activation"), py::arg("second"), py::arg("residual").noconvert(),
       py::arg("norm_weight").noconvert(), py::arg("norm_bias").noconvert(), py::arg("eps"), py::arg("out").noconvert(),
       py::arg("groups"), py::arg("num_threads"));
+
+  m.def("encodes_layers", [] { return kernels().encoder_forward != nullptr; },
+        "Whether the instruction set in use has encoder_forward, for heads of 32, 64, 96 or 128 columns.");
+  m.def(
+      "encoder_forward",
+      [](Array<float> x, const Array<int32_t>& offsets, int64_t num_heads, float scale, const std::vector<PackedLayer>& layers,
+         const std::string& activation, const PackedWeights& query, const PackedWeights& key_value, Array<float> attended,
+         int num_threads) {
+        const fastrank::Kernels& table = kernels();
+        if (table.encoder_forward == nullptr) throw std::invalid_argument("this instruction set computes no layers in one call");
+        const auto weights = [&table](const PackedWeights& packed) { return bf16_weights(packed, table); };
+        const auto norm = [](const PackedNorm& packed) {
+          return fastrank::LayerNormWeights{std::get<0>(packed).data(), std::get<1>(packed).data(), std::get<2>(packed)};
+        };
+        std::vector<fastrank::EncoderLayer> all;
+        for (const auto& [qkv, output, attention_norm, up, down, last_norm] : layers)
+          all.push_back({weights(qkv), weights(output), norm(attention_norm), weights(up), weights(down), norm(last_norm)});
+        const fastrank::EncoderForward arguments{x.mutable_data(),
+                                                 offsets.data(),
+                                                 offsets.size() - 1,
+                                                 num_heads,
+                                                 x.shape(1) / num_heads,
+                                                 scale,
+                                                 all.data(),
+                                                 int64_t(all.size()),
+                                                 activation_named(activation),
+                                                 weights(query),
+                                                 weights(key_value),
+                                                 attended.mutable_data(),
+                                                 num_threads};
+        py::gil_scoped_release released;
+        table.encoder_forward(arguments);
+      },
+      "Takes x through layers of bf16 weights, and writes the attention of each pair's first token in a last one.",
+      py::arg("x").noconvert(), py::arg("offsets").noconvert(), py::arg("num_heads"), py::arg("scale"), py::arg("layers"),
+      py::arg("activation"), py::arg("query"), py::arg("key_value"), py::arg("attended").noconvert(), py::arg("num_threads"));
 
   define_listwise(m, "ranknet", &fastrank::Kernels::ranknet);
   define_listwise(m, "weighted_ranknet", &fastrank::Kernels::weighted_ranknet);

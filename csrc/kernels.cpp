@@ -17,6 +17,7 @@ extern const Kernels kernels = {
     layer_norm_backward,
     linear_layout,
     linear_forward,
+    nullptr,
     ranknet,
     weighted_ranknet,
     teacher_order,

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention.hpp"
+#include "encoder.hpp"
 #include "gelu.hpp"
 #include "layer_norm.hpp"
 #include "linear.hpp"
@@ -22,6 +23,7 @@ struct Kernels {
   void (*layer_norm_backward)(const LayerNormBackward&);
   LinearLayout (*linear_layout)(Precision precision);
   void (*linear_forward)(const LinearForward&);
+  void (*encoder_forward)(const EncoderForward&);  // null where layers are not computed in one call
   ListwiseKernel *ranknet, *weighted_ranknet, *teacher_order, *lambda_loss, *margin_mse, *hinge, *lce, *contrastive_imitation,
       *listnet, *kl, *listmle, *p_listmle, *adr_mse, *approx_ndcg, *approx_mrr, *bce, *mse, *pearson;
 };
@@ -36,6 +38,7 @@ namespace avx512_bf16 { void linear_forward(const LinearForward& arguments); }
 namespace amx {
 LinearLayout linear_layout(Precision precision);
 void linear_forward(const LinearForward& arguments);
+void encoder_forward(const EncoderForward& arguments);
 }  // namespace amx
 #endif
 
