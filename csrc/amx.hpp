@@ -51,15 +51,16 @@ inline __attribute__((always_inline)) void prefetch_to_l2(const void* line) {
   _mm_prefetch(static_cast<const char*>(line), _MM_HINT_T1);
 }
 
-// 2^x for x <= 0, wrong by at most 3e-6 of itself; -infinity gives 0, NaN stays NaN.
-inline __attribute__((always_inline)) vfloat exp2_nonpositive(vfloat x) {
-  const vfloat f = (vfloat)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF);  // x - floor(x)
-  vfloat p = splat(1.35341672e-2f);
-  p = p * f + 5.20114619e-2f;
-  p = p * f + 2.41442756e-1f;
-  p = p * f + 6.93003835e-1f;
-  p = p * f + 1.00000259f;
-  return (vfloat)_mm512_scalef_ps((__m512)p, (__m512)x);  // p * 2^floor(x)
+// 2^x for x <= 0, wrong by at most 3e-6 of itself; -infinity gives 0, NaN stays NaN. A step at a time for all vectors.
+template <int N>
+inline __attribute__((always_inline)) void exp2_nonpositive(vfloat (&x)[N]) {
+  constexpr float COEFFICIENTS[] = {5.20114619e-2f, 2.41442756e-1f, 6.93003835e-1f, 1.00000259f};
+  vfloat f[N], p[N];
+  for (int i = 0; i < N; ++i) f[i] = (vfloat)_mm512_reduce_ps((__m512)x[i], _MM_FROUND_TO_NEG_INF);  // x - floor(x)
+  for (int i = 0; i < N; ++i) p[i] = splat(1.35341672e-2f);
+  for (const float coefficient : COEFFICIENTS)
+    for (int i = 0; i < N; ++i) p[i] = p[i] * f[i] + coefficient;
+  for (int i = 0; i < N; ++i) x[i] = (vfloat)_mm512_scalef_ps((__m512)p[i], (__m512)x[i]);  // p * 2^floor(x)
 }
 
 // The first `count` floats, any number of them, also none; then those of `other`.

@@ -13,6 +13,7 @@ namespace fastrank::FASTRANK_ISA {
 namespace {
 
 constexpr int64_t CHUNK_ROWS = 256;  // of whole pairs, about: the weights of a layer are read once for so many
+constexpr int SOFTMAX_ROWS = 4;
 constexpr float LOG2_E = 1.44269504f;
 
 // Rounded columns of heads: 32 of them for all rows lie together.
@@ -84,29 +85,32 @@ void pack_values(const HeadRows& rows, int64_t panel, int64_t row, int64_t keys,
                           key + 1 < keys ? rows.at(panel + step, row + key + 1) : NOTHING);
 }
 
-// Probabilities of one query, but for the inverse of their sum, which is returned; rounded, 0 for missing keys.
-FASTRANK_INLINE float softmax_row(const float* scores, int64_t keys, float factor, uint16_t* probabilities) {
+// Probabilities of ROWS queries, but for the inverses of their sums, which are returned; rounded, 0 for missing keys. A phase and a
+// vector at a time over all rows, so that chains of instructions overlap.
+template <int ROWS>
+FASTRANK_INLINE void softmax_rows(const float* scores, int64_t stride, int64_t keys, float factor, uint16_t* probabilities,
+                                  float* inverse_sums) {
   const vfloat lowest = splat(-std::numeric_limits<float>::infinity());
-  vfloat highest = lowest;
-  int64_t key = 0;
-  for (; key + LANES <= keys; key += LANES) highest = max(highest, load(scores + key));
-  const auto some = [=](int64_t key) FASTRANK_INLINE_LAMBDA { return load_first(scores + key, keys - key, lowest); };
-  if (key < keys) highest = max(highest, some(key));
-  const float shift = max_lane(highest) * factor;
-  vfloat total = {};
-  for (key = 0; key + SIDE <= keys; key += SIDE, probabilities += SIDE_NUMBERS) {
-    const vfloat low = exp2_nonpositive(load(scores + key) * factor - shift);
-    const vfloat high = exp2_nonpositive(load(scores + key + LANES) * factor - shift);
-    total += low + high;
-    store_bf16(probabilities, low, high);
+  const auto some = [=](int r, int64_t key) FASTRANK_INLINE_LAMBDA {
+    return load_first(scores + r * stride + key, keys - key, lowest);
+  };
+  vfloat highest[ROWS], total[ROWS] = {};
+  float shift[ROWS];
+  for (int r = 0; r < ROWS; ++r) highest[r] = some(r, 0);
+  for (int64_t key = LANES; key < keys; key += LANES)
+    for (int r = 0; r < ROWS; ++r) highest[r] = max(highest[r], some(r, key));
+  for (int r = 0; r < ROWS; ++r) shift[r] = max_lane(highest[r]) * factor;
+  for (int64_t key = 0; key < keys; key += SIDE, probabilities += SIDE_NUMBERS) {
+    vfloat powers[2 * ROWS];
+    for (int r = 0; r < ROWS; ++r)
+      for (int half = 0; half < 2; ++half) powers[2 * r + half] = some(r, key + half * LANES) * factor - shift[r];
+    exp2_nonpositive(powers);
+    for (int r = 0; r < ROWS; ++r) {
+      total[r] += powers[2 * r] + powers[2 * r + 1];
+      store_bf16(probabilities + r * TILE_DEPTH, powers[2 * r], powers[2 * r + 1]);
+    }
   }
-  if (key < keys) {
-    const vfloat low = exp2_nonpositive(some(key) * factor - shift);
-    const vfloat high = exp2_nonpositive(some(key + LANES) * factor - shift);
-    total += low + high;
-    store_bf16(probabilities, low, high);
-  }
-  return 1.f / sum(total);
+  for (int r = 0; r < ROWS; ++r) inverse_sums[r] = 1.f / sum(total[r]);
 }
 
 // Attention of `queries` rows of q over `keys` rows of k and v, in one head: write(query, panel of the head, two vectors).
@@ -134,8 +138,13 @@ void attend(const HeadRows& q, int64_t q_panel, int64_t q_row, int64_t queries, 
       store_sums(scratch.scores + step * SIDE, scratch.stride);
     }
     float inverse_sums[SIDE];
-    for (int64_t r = 0; r < count; ++r)
-      inverse_sums[r] = softmax_row(scratch.scores + r * scratch.stride, keys, factor, scratch.probabilities + r * TILE_DEPTH);
+    const auto softmax = [&](auto height, int64_t r) FASTRANK_INLINE_LAMBDA {
+      softmax_rows<decltype(height)::value>(scratch.scores + r * scratch.stride, scratch.stride, keys, factor,
+                                            scratch.probabilities + r * TILE_DEPTH, inverse_sums + r);
+    };
+    int64_t r = 0;
+    for (; r + SOFTMAX_ROWS <= count; r += SOFTMAX_ROWS) softmax(std::integral_constant<int, SOFTMAX_ROWS>{}, r);
+    for (; r < count; ++r) softmax(std::integral_constant<int, 1>{}, r);
     before_tile_loads();
     for (int64_t panel = 0; panel < panels; ++panel) {
       multiply_some(scratch.probabilities, SIDE_NUMBERS, scratch.values + panel * steps * SIDE_NUMBERS, steps);

@@ -35,11 +35,10 @@ def make(hidden: int, inner: int, *, layers: int = 2, precision: str = "bf16", s
     def norm() -> tuple[Tensor, Tensor, float]:
         return 1 + 0.2 * draw(hidden), 0.2 * draw(hidden), 1e-6
 
-    whole = [
-        (weights(3 * hidden, hidden), weights(hidden, hidden), norm())
-        + (weights(inner, hidden), weights(hidden, inner), norm())
-        for _ in range(layers)
-    ]
+    whole = []
+    for _ in range(layers):
+        attention = weights(3 * hidden, hidden), weights(hidden, hidden), norm()
+        whole.append((*attention, weights(inner, hidden), weights(hidden, inner), norm()))
     return whole, weights(hidden, hidden), weights(2 * hidden, hidden)
 
 
