@@ -355,6 +355,27 @@ PYBIND11_MODULE(_cpu, m) {
       "Writes dx and, where given, dbias.", py::arg("x").noconvert(), py::arg("bias").noconvert(), py::arg("tanh_form"),
       py::arg("dout").noconvert(), py::arg("dx").noconvert(), py::arg("dbias").noconvert(), py::arg("num_threads"));
   m.def(
+      "embedding_norm_forward",
+      [](const std::vector<Array<int64_t>>& ids, const std::vector<Array<float>>& tables, const Array<float>& weight,
+         const Array<float>& bias, float eps, Array<float> out, int num_threads) {
+        if (ids.size() != 3 || tables.size() != 3) throw std::invalid_argument("expected the ids and tables of three vectors");
+        fastrank::EmbeddingNormForward arguments{out.shape(0), out.shape(1), {}, {}, weight.data(), bias.data(), eps,
+                                                 out.mutable_data(), num_threads};
+        for (int table = 0; table < 3; ++table) {
+          arguments.ids[table] = ids[table].data(), arguments.tables[table] = tables[table].data();
+          const int64_t rows = tables[table].shape(0);
+          for (int64_t i = 0; i < arguments.rows; ++i)
+            if (const int64_t id = arguments.ids[table][i]; id < 0 || id >= rows)
+              throw py::index_error("id " + std::to_string(id) + " is outside of a table of " + std::to_string(rows) + " vectors");
+        }
+        const auto kernel = kernels().embedding_norm_forward;
+        py::gil_scoped_release released;
+        kernel(arguments);
+      },
+      "Writes out; ids of words, types and positions, and their tables. Raises IndexError for an id that has no vector.",
+      py::arg("ids"), py::arg("tables"), py::arg("weight").noconvert(), py::arg("bias").noconvert(), py::arg("eps"),
+      py::arg("out").noconvert(), py::arg("num_threads"));
+  m.def(
       "layer_norm_forward",
       [](const Array<float>& x, const MaybeFloats& residual, const Array<float>& weight, const Array<float>& bias, float eps,
          Array<float> out, MaybeFloats means, MaybeFloats inverse_deviations, int num_threads) {

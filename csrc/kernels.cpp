@@ -13,6 +13,7 @@ extern const Kernels kernels = {
     attention_backward,
     gelu_forward,
     gelu_backward,
+    embedding_norm_forward,
     layer_norm_forward,
     layer_norm_backward,
     linear_layout,

@@ -19,6 +19,7 @@ struct Kernels {
   void (*attention_backward)(const AttentionBackward&);
   void (*gelu_forward)(const GeluForward&);
   void (*gelu_backward)(const GeluBackward&);
+  void (*embedding_norm_forward)(const EmbeddingNormForward&);
   void (*layer_norm_forward)(const LayerNormForward&);
   void (*layer_norm_backward)(const LayerNormBackward&);
   LinearLayout (*linear_layout)(Precision precision);
