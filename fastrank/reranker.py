@@ -66,8 +66,9 @@ class Reranker:
         dtype: "float32", "bf16", "fp16" (on a GPU) or "int8" (on a CPU): what matrix products are computed in, and on a
             GPU what lies between them; sums and the head are float32. "auto" is float32 on a CPU and bf16 on a
             GPU. On a CPU bf16 is faster where the processor has an instruction or matrix units (AMX) for it (`python
-            -m fastrank backends`), and elsewhere saves memory. For int8 weights are quantised here, activations
-            as they come, both with a scale for 64 neighbours, without calibration.
+            -m fastrank backends`), and elsewhere saves memory. For int8 weights are quantised here, activations as
+            they come, both with a scale for 64 neighbours, without calibration; with AMX such weights are multiplied as
+            bf16, and take its memory.
         max_length: tokens of a pair, special tokens included; default: what tokenizer and model allow.
         max_query_tokens, max_document_tokens: cut each side first; default: no such cut.
         max_batch_tokens: tokens of one forward pass; more need more memory.
