@@ -1,5 +1,5 @@
-// Matrix units (AMX) and the instructions that feed them: with dot.hpp the only file with intrinsics. A tile is sixteen rows of 64
-// bytes. Its numbers are template arguments since an instruction names its tiles, like registers.
+// Matrix units (AMX) and the instructions that feed them: with dot.hpp the only file with intrinsics. A tile is sixteen rows of
+// 64 bytes. An instruction names its tiles as it names registers, hence macros.
 #pragma once
 
 #include <immintrin.h>
@@ -15,7 +15,7 @@ constexpr int64_t TILE = 16;             // rows of a tile, and floats or pairs 
 constexpr int64_t TILE_BYTES = 16 * 64;
 constexpr int64_t TILE_DEPTH = 32;       // products summed by one instruction
 
-// While it lives this thread has eight tiles of full size; it must not outlive what is computed, for they are costly to save.
+// While it lives this thread has eight tiles of full size, which cost time where threads are switched.
 class Tiles {
  public:
   Tiles() {

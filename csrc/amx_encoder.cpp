@@ -1,5 +1,5 @@
-// encoder.hpp in matrix units: products and attention of bf16, q, k, v, probabilities and what attention gives rounded to it; sums,
-// softmax, residuals and LayerNorm in float32. A pair's numbers depend on no other pair.
+// encoder.hpp in matrix units. Products and attention are of bf16: q, k, v, probabilities and what attention gives are rounded to
+// it; sums, softmax, residuals and LayerNorm are float32. A pair's numbers depend on no other pair.
 #include "encoder.hpp"
 
 #include <limits>
@@ -50,7 +50,8 @@ struct AttentionScratch {
 
   static int64_t floats(int64_t keys, int64_t head_dim) {
     const int64_t steps = divide_up(keys, SIDE);
-    return steps * head_dim / PANEL * SIDE_NUMBERS + steps * SIDE_NUMBERS / 2 + SIDE * (steps * SIDE + 16) + SIDE_NUMBERS + 5 * 16;
+    const int64_t packed = steps * head_dim / PANEL * SIDE_NUMBERS;  // keys and values
+    return packed + steps * SIDE_NUMBERS / 2 + SIDE * (steps * SIDE + 16) + SIDE_NUMBERS + 5 * 16;
   }
   AttentionScratch(Scratch& scratch, int64_t longest, int64_t head_dim) {
     const int64_t steps = divide_up(longest, SIDE), packed = steps * head_dim / PANEL * SIDE_NUMBERS / 2;
@@ -85,8 +86,8 @@ void pack_values(const HeadRows& rows, int64_t panel, int64_t row, int64_t keys,
                           key + 1 < keys ? rows.at(panel + step, row + key + 1) : NOTHING);
 }
 
-// Probabilities of ROWS queries, but for the inverses of their sums, which are returned; rounded, 0 for missing keys. A phase and a
-// vector at a time over all rows, so that chains of instructions overlap.
+// Probabilities of ROWS queries but for the inverses of their sums, which come beside; rounded, 0 for missing keys. A phase and
+// a vector at a time over all rows, so that chains of instructions overlap.
 template <int ROWS>
 FASTRANK_INLINE void softmax_rows(const float* scores, int64_t stride, int64_t keys, float factor, uint16_t* probabilities,
                                   float* inverse_sums) {
@@ -237,12 +238,13 @@ void encode(const EncoderForward& a, int64_t first, int64_t last) {
 }  // namespace
 
 void encoder_forward(const EncoderForward& arguments) {
-  // As many chunks as threads, or a multiple: whole pairs until the next one would leave the next chunk too little.
+  // As many chunks as threads or a multiple of that: a pair belongs to the chunk in which its middle lies.
   const int64_t rows = arguments.offsets[arguments.num_pairs], threads = std::max(arguments.num_threads, 1);
   const int64_t chunks = threads * divide_up(std::max<int64_t>(rows, 1), threads * CHUNK_ROWS);
   std::vector<int64_t> begins{0};
   for (int64_t pair = 1; pair <= arguments.num_pairs; ++pair) {
-    const int64_t due = rows * int64_t(begins.size()) / chunks, middle = (arguments.offsets[pair - 1] + arguments.offsets[pair]) / 2;
+    const int64_t due = rows * int64_t(begins.size()) / chunks;
+    const int64_t middle = (int64_t(arguments.offsets[pair - 1]) + arguments.offsets[pair]) / 2;
     if (middle >= due && begins.back() < pair - 1) begins.push_back(pair - 1);
   }
   if (arguments.num_pairs > 0) begins.push_back(arguments.num_pairs);

@@ -1,5 +1,5 @@
-// linear.cpp's products for bf16 weights in matrix units; those in float32 are avx512's. Blocks of rows stay in the second cache from
-// the first product to the LayerNorm. An element is summed along the whole depth in one order, whatever tile, block or thread
+// linear.cpp's products of bf16 in matrix units; those in float32 are avx512's. Blocks of rows stay in the second cache from the
+// first product to the LayerNorm. An element is summed along the whole depth in one order, whatever tile, block or thread
 // computes it.
 #include "amx_product.hpp"
 #include "layer_norm_row.hpp"

@@ -1,5 +1,5 @@
-// Products of bf16 in tiles: a block of rows times weights in panels, each 32 rows by 32 columns of the result handed over in float32
-// while the matrix unit is at the next ones.
+// Products of bf16 in tiles: a block of rows times weights in panels. Every 32 rows by 32 columns of the result are handed over
+// in float32 while the matrix unit is at the next ones.
 #pragma once
 
 #include <algorithm>
@@ -18,13 +18,15 @@ static_assert(SIDE == TILE_DEPTH, "what is written for 32 columns is one step of
 
 inline int64_t divide_up(int64_t n, int64_t step) { return (n + step - 1) / step; }
 
-// The left side of a product, rounded: 32 rows by 32 of the depth lie together, then the depth, then the rows. Rows that fill up are
-// never written, and change no others.
+// The left side of a product, rounded: 32 rows by 32 of the depth lie together, then the depth, then the rows. Rows that fill the
+// last 32 up need not be written: they change no others.
 struct RoundedRows {
   uint16_t* data;
   int64_t steps;  // of the depth
 
-  static int64_t floats(int64_t rows, int64_t depth) { return divide_up(rows, SIDE) * divide_up(depth, TILE_DEPTH) * SIDE_NUMBERS / 2; }
+  static int64_t floats(int64_t rows, int64_t depth) {
+    return divide_up(rows, SIDE) * divide_up(depth, TILE_DEPTH) * SIDE_NUMBERS / 2;
+  }
   static RoundedRows taken(Scratch& scratch, int64_t rows, int64_t depth) {
     return {reinterpret_cast<uint16_t*>(scratch.take(floats(rows, depth))), divide_up(depth, TILE_DEPTH)};
   }
@@ -57,7 +59,9 @@ struct CarriedSums {
   float* data = nullptr;
   bool begin = true, end = true;
 
-  static int64_t floats(int64_t rows, int64_t columns) { return divide_up(rows, SIDE) * divide_up(columns, PANEL) * SIDE_NUMBERS; }
+  static int64_t floats(int64_t rows, int64_t columns) {
+    return divide_up(rows, SIDE) * divide_up(columns, PANEL) * SIDE_NUMBERS;
+  }
 };
 
 // Adds products along `steps` of the depth to tiles 0 to 3, with HALF only the upper 16 rows; after each step, between().
@@ -107,9 +111,9 @@ struct TwoRows {
   }
 };
 
-// Calls finish(row, rows left, column, sums) for each panel in [first_panel, last_panel) and every second row: the 32 sums of that row
-// from that column on, then those of the next one. A part of the depth that is not the last one calls nothing. weights: first_step is
-// where `left` begins along their depth.
+// Calls finish(row, rows left, column, sums) for each panel in [first_panel, last_panel) and every second row: the 32 sums of
+// that row from that column on, then those of the next row. A part of the depth that is not the last one calls nothing.
+// first_step: where `left` begins along the depth of the weights.
 template <class Finish>
 void multiply(const RoundedRows& left, int64_t rows, const LinearWeights& weights, int64_t first_panel, int64_t last_panel,
               int64_t first_step, const CarriedSums& carried, const Finish& finish) {
@@ -131,7 +135,8 @@ void multiply(const RoundedRows& left, int64_t rows, const LinearWeights& weight
     const uint16_t* const right = static_cast<const uint16_t*>(weights.panels) + (panel * all_steps + first_step) * SIDE_NUMBERS;
     const char* next = reinterpret_cast<const char*>(right + all_steps * SIDE_NUMBERS);
     for (int64_t tile = 0; tile < tiles; ++tile) {
-      float* const kept = carried.data == nullptr ? nullptr : carried.data + ((panel - first_panel) * tiles + tile) * SIDE_NUMBERS;
+      float* const kept =
+          carried.data == nullptr ? nullptr : carried.data + ((panel - first_panel) * tiles + tile) * SIDE_NUMBERS;
       float* const sums = kept == nullptr ? turns[turn ^= 1] : kept;
       if (carried.begin)
         clear_sums();

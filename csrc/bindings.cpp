@@ -366,7 +366,8 @@ PYBIND11_MODULE(_cpu, m) {
           const int64_t rows = tables[table].shape(0);
           for (int64_t i = 0; i < arguments.rows; ++i)
             if (const int64_t id = arguments.ids[table][i]; id < 0 || id >= rows)
-              throw py::index_error("id " + std::to_string(id) + " is outside of a table of " + std::to_string(rows) + " vectors");
+              throw py::index_error("id " + std::to_string(id) + " is outside of a table of " + std::to_string(rows) +
+                                    " vectors");
         }
         const auto kernel = kernels().embedding_norm_forward;
         py::gil_scoped_release released;

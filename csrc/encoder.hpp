@@ -1,5 +1,5 @@
-// An encoder's layers in one call, for inference: every thread takes whole pairs through all of them, so that what lies between two
-// products never leaves its core.
+// An encoder's layers in one call, for inference: every thread takes whole pairs through all of them, so that what lies between
+// two products never leaves its core.
 #pragma once
 
 #include "linear.hpp"
@@ -27,8 +27,8 @@ struct EncoderForward {
   const EncoderLayer* layers;
   int64_t num_layers;
   Activation activation;
-  // After the layers the attention of each pair's first token over the pair, (pairs, hidden): of a last layer of which nothing else
-  // is wanted for other tokens.
+  // After the layers the attention of each pair's first token over the pair, (pairs, hidden): all that a last layer needs of the
+  // other tokens.
   LinearWeights query, key_value;
   float* attended;
   int num_threads;

@@ -76,7 +76,7 @@ inline vfloat gelu_for_int8(vfloat x) {
 
 // GELU, wrong by at most 1.2e-5. bf16 rounds small numbers by less than a step of int8: the polynomial above would add up to a
 // half to what rounding does to a product of MiniLM-L6, this one 3 %. Powers of x^2 - 4.6^2 / 2, since those of x^2 would cancel.
-// A step at a time for all vectors: where few instructions can wait, a chain of them for one vector would hold up all that follow.
+// A step at a time for all vectors: a chain of instructions for one vector after another would hold up all that follows.
 template <int N>
 inline __attribute__((always_inline)) void gelu_for_bf16(vfloat (&x)[N]) {
   constexpr float END = 4.6f;
