@@ -11,7 +11,8 @@ from setuptools.errors import CompileError
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 # What is no arithmetic is compiled once, for every processor.
 COMPILED_ONCE = ["csrc/bindings.cpp", "csrc/wordpiece.cpp"]
-KERNELS = sorted(path for path in map(str, Path("csrc").glob("*.cpp")) if path not in COMPILED_ONCE)
+IN_TILES = ["csrc/amx_encoder.cpp", "csrc/amx_linear.cpp"]
+KERNELS = sorted(path for path in map(str, Path("csrc").glob("*.cpp")) if path not in COMPILED_ONCE + IN_TILES)
 # FASTRANK_ISA, floats in a vector, compiler flags, files. `plain` is whatever the target's baseline offers; its vectors
 # are sixteen wide, four registers each, so that loops made for AVX-512 are tested on every machine. The order is that
 # of linking and must stay baseline first: where objects carry the same inline function of the standard library, the
@@ -26,10 +27,20 @@ if X86:
     INSTRUCTION_SETS += [("avx2", 8, ["-mavx2", "-mfma"], KERNELS), ("avx512", 16, AVX512, KERNELS)]
 # Takes linear.cpp's place in avx512 where the processor has this, too: not every one with AVX-512 has.
 AVX512_BF16 = ("avx512_bf16", 16, [*AVX512, "-mavx512bf16"], ["csrc/linear.cpp"])
-# What the compiler, and the assembler behind it, must know for that.
-PROBE = """#include <immintrin.h>
+# Products of bf16 in matrix units, beside avx512's kernels for everything else.
+AMX = ("amx", 16, [*AVX512_BF16[2], "-mamx-tile", "-mamx-bf16"], IN_TILES)
+# What the compiler, and the assembler behind it, must know for either.
+PROBES = {
+    "avx512_bf16": """#include <immintrin.h>
 __m512 probe(__m512 x, __m512bh y) { return __builtin_cpu_supports("avx512bf16") ? _mm512_dpbf16_ps(x, y, y) : x; }
-"""
+""",
+    "amx": """#include <cpuid.h>
+#include <immintrin.h>
+#include <sys/syscall.h>
+long permission = SYS_arch_prctl;
+void probe(float* sums) { _tile_zero(0); _tile_dpbf16ps(0, 1, 2); _tile_stored(0, sums, 64); }
+""",
+}
 HEADERS = sorted(str(path) for path in Path("csrc").glob("*.hpp"))
 # -fno-math-errno lets sqrt vectorise; -Wno-psabi: vector arguments never cross a compiled boundary. NaN and infinity
 # keep their meaning, hence no -ffast-math.
@@ -43,9 +54,11 @@ class BuildKernels(build_ext):
     def build_extension(self, extension):
         platform_macros = [("FASTRANK_X86", "1")] if X86 else []
         instruction_sets = list(INSTRUCTION_SETS)
-        if X86 and self.compiles(PROBE, AVX512_BF16[2]):
-            instruction_sets.append(AVX512_BF16)
-            extension.define_macros += [("FASTRANK_AVX512_BF16", "1")]
+        for more in (AVX512_BF16, AMX) if X86 else ():
+            if not self.compiles(PROBES[more[0]], more[2]):
+                break
+            instruction_sets.append(more)
+            extension.define_macros += [(f"FASTRANK_{more[0].upper()}", "1")]
         for name, lanes, flags, files in instruction_sets:
             extension.extra_objects += self.compiler.compile(
                 files,

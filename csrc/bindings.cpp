@@ -4,6 +4,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#ifdef FASTRANK_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
@@ -39,6 +45,30 @@ const fastrank::Kernels* avx512_kernels() {
 #endif
   return &fastrank::avx512::kernels;
 }
+
+#ifdef FASTRANK_AMX
+// Whether the processor has AMX for bf16 and Linux lets this process use its registers, which it wants to be asked for.
+bool grants_tiles() {
+  unsigned int eax, ebx, ecx, edx = 0;
+  constexpr unsigned int AMX_BF16 = 1u << 22, AMX_TILE = 1u << 24;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || !(edx & AMX_BF16) || !(edx & AMX_TILE)) return false;
+  constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+}
+
+const fastrank::Kernels* amx_kernels() {
+  static const fastrank::Kernels table = [] {
+    fastrank::Kernels table = *avx512_kernels();
+    table.isa = "amx";
+    table.linear_layout = fastrank::amx::linear_layout;
+    table.linear_forward = fastrank::amx::linear_forward;
+    table.encoder_forward = fastrank::amx::encoder_forward;
+    table.multiplies_in_tiles = true;
+    return table;
+  }();
+  return &table;
+}
+#endif
 #endif
 
 std::vector<const fastrank::Kernels*> supported() {  // the fastest first
@@ -46,8 +76,12 @@ std::vector<const fastrank::Kernels*> supported() {  // the fastest first
 #ifdef FASTRANK_X86
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni")) {
+#ifdef FASTRANK_AMX
+    if (__builtin_cpu_supports("avx512bf16") && grants_tiles()) tables.push_back(amx_kernels());
+#endif
     tables.push_back(avx512_kernels());
+  }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) tables.push_back(&fastrank::avx2::kernels);
 #endif
   tables.push_back(&fastrank::plain::kernels);
@@ -113,6 +147,15 @@ fastrank::Precision precision_named(const std::string& name) {
                            {{"float32", Precision::FLOAT32}, {"bf16", Precision::BF16}, {"int8", Precision::INT8}});
 }
 
+fastrank::Activation activation_named(const std::string& name) {
+  using fastrank::Activation;
+  return choice<Activation>("activation", name,
+                            {{"none", Activation::NONE},
+                             {"gelu", Activation::GELU},
+                             {"gelu_tanh", Activation::GELU_TANH},
+                             {"relu", Activation::RELU}});
+}
+
 // The weights of a product as fastrank.kernels.linear.cpu packs them: precision, panels, scales, sums, bias, columns, depth.
 using PackedWeights = std::tuple<std::string, py::array, MaybeFloats, MaybeFloats, Array<float>, int64_t, int64_t>;
 
@@ -130,6 +173,16 @@ fastrank::LinearWeights linear_weights(const PackedWeights& packed, const fastra
     throw std::invalid_argument("weights that are not packed for the instruction set " + std::string(table.isa));
   return {precision, panels.data(), read(scales), read(sums), bias.data(), columns, depth};
 }
+
+fastrank::LinearWeights bf16_weights(const PackedWeights& packed, const fastrank::Kernels& table) {
+  const auto weights = linear_weights(packed, table);
+  if (weights.precision != fastrank::Precision::BF16) throw std::invalid_argument("the layers take bf16 weights");
+  return weights;
+}
+
+// Weight, bias and eps of a LayerNorm; and a layer: qkv, attention_output and its norm, up, down and the last norm.
+using PackedNorm = std::tuple<Array<float>, Array<float>, float>;
+using PackedLayer = std::tuple<PackedWeights, PackedWeights, PackedNorm, PackedWeights, PackedWeights, PackedNorm>;
 
 void define_listwise(py::module_& m, const char* name, fastrank::ListwiseKernel* fastrank::Kernels::*member) {
   m.def(
@@ -227,9 +280,11 @@ void define_wordpiece(py::module_& m) {
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "C++ kernels of fastrank; use them through fastrank.ops.";
-  m.def("isa", [] { return std::string(kernels().isa); }, "The instruction set in use: plain, avx2 or avx512.");
+  m.def("isa", [] { return std::string(kernels().isa); }, "The instruction set in use: plain, avx2, avx512 or amx.");
   m.def("multiplies_bf16", [] { return kernels().multiplies_bf16; },
         "Whether the instruction set in use has an instruction for products of bf16.");
+  m.def("multiplies_in_tiles", [] { return kernels().multiplies_in_tiles; },
+        "Whether the instruction set in use multiplies bf16 in matrix units.");
   m.def(
       "supported_isas",
       [] {
@@ -300,6 +355,28 @@ PYBIND11_MODULE(_cpu, m) {
       "Writes dx and, where given, dbias.", py::arg("x").noconvert(), py::arg("bias").noconvert(), py::arg("tanh_form"),
       py::arg("dout").noconvert(), py::arg("dx").noconvert(), py::arg("dbias").noconvert(), py::arg("num_threads"));
   m.def(
+      "embedding_norm_forward",
+      [](const std::vector<Array<int64_t>>& ids, const std::vector<Array<float>>& tables, const Array<float>& weight,
+         const Array<float>& bias, float eps, Array<float> out, int num_threads) {
+        if (ids.size() != 3 || tables.size() != 3) throw std::invalid_argument("expected the ids and tables of three vectors");
+        fastrank::EmbeddingNormForward arguments{out.shape(0), out.shape(1), {}, {}, weight.data(), bias.data(), eps,
+                                                 out.mutable_data(), num_threads};
+        for (int table = 0; table < 3; ++table) {
+          arguments.ids[table] = ids[table].data(), arguments.tables[table] = tables[table].data();
+          const int64_t rows = tables[table].shape(0);
+          for (int64_t i = 0; i < arguments.rows; ++i)
+            if (const int64_t id = arguments.ids[table][i]; id < 0 || id >= rows)
+              throw py::index_error("id " + std::to_string(id) + " is outside of a table of " + std::to_string(rows) +
+                                    " vectors");
+        }
+        const auto kernel = kernels().embedding_norm_forward;
+        py::gil_scoped_release released;
+        kernel(arguments);
+      },
+      "Writes out; ids of words, types and positions, and their tables. Raises IndexError for an id that has no vector.",
+      py::arg("ids"), py::arg("tables"), py::arg("weight").noconvert(), py::arg("bias").noconvert(), py::arg("eps"),
+      py::arg("out").noconvert(), py::arg("num_threads"));
+  m.def(
       "layer_norm_forward",
       [](const Array<float>& x, const MaybeFloats& residual, const Array<float>& weight, const Array<float>& bias, float eps,
          Array<float> out, MaybeFloats means, MaybeFloats inverse_deviations, int num_threads) {
@@ -343,7 +420,6 @@ PYBIND11_MODULE(_cpu, m) {
       [](const Array<float>& x, const PackedWeights& first, const std::string& activation,
          const std::optional<PackedWeights>& second, const MaybeFloats& residual, const MaybeFloats& norm_weight,
          const MaybeFloats& norm_bias, float eps, Array<float> out, int64_t groups, int num_threads) {
-        using fastrank::Activation;
         const fastrank::Kernels& table = kernels();
         const fastrank::LinearWeights first_weights = linear_weights(first, table);
         fastrank::LinearWeights second_weights{};
@@ -351,11 +427,7 @@ PYBIND11_MODULE(_cpu, m) {
         const fastrank::LinearForward arguments{x.data(),
                                                 x.shape(0),
                                                 first_weights,
-                                                choice<Activation>("activation", activation,
-                                                                   {{"none", Activation::NONE},
-                                                                    {"gelu", Activation::GELU},
-                                                                    {"gelu_tanh", Activation::GELU_TANH},
-                                                                    {"relu", Activation::RELU}}),
+                                                activation_named(activation),
                                                 second ? &second_weights : nullptr,
                                                 read(residual),
                                                 read(norm_weight),
@@ -371,6 +443,42 @@ PYBIND11_MODULE(_cpu, m) {
       py::arg("x").noconvert(), py::arg("first"), py::arg("activation"), py::arg("second"), py::arg("residual").noconvert(),
       py::arg("norm_weight").noconvert(), py::arg("norm_bias").noconvert(), py::arg("eps"), py::arg("out").noconvert(),
       py::arg("groups"), py::arg("num_threads"));
+
+  m.def("encodes_layers", [] { return kernels().encoder_forward != nullptr; },
+        "Whether the instruction set in use has encoder_forward, for heads of 32, 64, 96 or 128 columns.");
+  m.def(
+      "encoder_forward",
+      [](Array<float> x, const Array<int32_t>& offsets, int64_t num_heads, float scale, const std::vector<PackedLayer>& layers,
+         const std::string& activation, const PackedWeights& query, const PackedWeights& key_value, Array<float> attended,
+         int num_threads) {
+        const fastrank::Kernels& table = kernels();
+        if (table.encoder_forward == nullptr) throw std::invalid_argument("this instruction set computes no layers in one call");
+        const auto weights = [&table](const PackedWeights& packed) { return bf16_weights(packed, table); };
+        const auto norm = [](const PackedNorm& packed) {
+          return fastrank::LayerNormWeights{std::get<0>(packed).data(), std::get<1>(packed).data(), std::get<2>(packed)};
+        };
+        std::vector<fastrank::EncoderLayer> all;
+        for (const auto& [qkv, output, attention_norm, up, down, last_norm] : layers)
+          all.push_back({weights(qkv), weights(output), norm(attention_norm), weights(up), weights(down), norm(last_norm)});
+        const fastrank::EncoderForward arguments{x.mutable_data(),
+                                                 offsets.data(),
+                                                 offsets.size() - 1,
+                                                 num_heads,
+                                                 x.shape(1) / num_heads,
+                                                 scale,
+                                                 all.data(),
+                                                 int64_t(all.size()),
+                                                 activation_named(activation),
+                                                 weights(query),
+                                                 weights(key_value),
+                                                 attended.mutable_data(),
+                                                 num_threads};
+        py::gil_scoped_release released;
+        table.encoder_forward(arguments);
+      },
+      "Takes x through layers of bf16 weights, and writes the attention of each pair's first token in a last one.",
+      py::arg("x").noconvert(), py::arg("offsets").noconvert(), py::arg("num_heads"), py::arg("scale"), py::arg("layers"),
+      py::arg("activation"), py::arg("query"), py::arg("key_value"), py::arg("attended").noconvert(), py::arg("num_threads"));
 
   define_listwise(m, "ranknet", &fastrank::Kernels::ranknet);
   define_listwise(m, "weighted_ranknet", &fastrank::Kernels::weighted_ranknet);

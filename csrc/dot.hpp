@@ -1,5 +1,5 @@
-// Products of small numbers summed into 32 bits: bytes, and bf16. The one place with intrinsics, since compilers do not find these
-// instructions. Every instruction set gives the same integers, and but for denormal numbers the same sums of bf16.
+// Products of small numbers summed into 32 bits: bytes, and bf16. With amx.hpp the only file with intrinsics: compilers do not
+// find these instructions. Every instruction set gives the same integers, and but for denormal numbers the same sums of bf16.
 #pragma once
 
 #include <cstdint>

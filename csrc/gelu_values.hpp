@@ -76,20 +76,27 @@ inline vfloat gelu_for_int8(vfloat x) {
 
 // GELU, wrong by at most 1.2e-5. bf16 rounds small numbers by less than a step of int8: the polynomial above would add up to a
 // half to what rounding does to a product of MiniLM-L6, this one 3 %. Powers of x^2 - 4.6^2 / 2, since those of x^2 would cancel.
+// A step at a time for all vectors: a chain of instructions for one vector after another would hold up all that follows.
+template <int N>
+inline __attribute__((always_inline)) void gelu_for_bf16(vfloat (&x)[N]) {
+  constexpr float END = 4.6f;
+  constexpr float COEFFICIENTS[] = {3.578869839371279e-11f,   -5.290619609077396e-10f, 7.807440027818302e-09f,
+                                    -1.4346839805057243e-07f, 2.3565949049952906e-06f, -3.42951861966867e-05f,
+                                    0.00048364000394940376f,  -0.007160280831158161f,  0.15354344248771667f};
+  vfloat near[N], q[N], p[N];
+  for (int i = 0; i < N; ++i) x[i] = max(splat(-END), x[i]);  // keeps NaN
+  for (int i = 0; i < N; ++i) near[i] = min(x[i], splat(END));
+  for (int i = 0; i < N; ++i) q[i] = near[i] * near[i] - 10.58f;
+  for (int i = 0; i < N; ++i) p[i] = splat(-1.1080515845141026e-12f);
+  for (const float coefficient : COEFFICIENTS)
+    for (int i = 0; i < N; ++i) p[i] = p[i] * q[i] + coefficient;
+  for (int i = 0; i < N; ++i) p[i] = near[i] * p[i] + 0.5f;
+  for (int i = 0; i < N; ++i) x[i] *= p[i];
+}
 inline vfloat gelu_for_bf16(vfloat x) {
-  return gelu_polynomial(x, 4.6f, [](vfloat square) __attribute__((always_inline)) {
-    const vfloat q = square - 10.58f;
-    vfloat p = splat(-1.1080515845141026e-12f);
-    p = p * q + 3.578869839371279e-11f;
-    p = p * q - 5.290619609077396e-10f;
-    p = p * q + 7.807440027818302e-09f;
-    p = p * q - 1.4346839805057243e-07f;
-    p = p * q + 2.3565949049952906e-06f;
-    p = p * q - 3.42951861966867e-05f;
-    p = p * q + 0.00048364000394940376f;
-    p = p * q - 0.007160280831158161f;
-    return p * q + 0.15354344248771667f;
-  });
+  vfloat one[1] = {x};
+  gelu_for_bf16(one);
+  return one[0];
 }
 
 // x * sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3): the same as x (1 + tanh u) / 2.

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention.hpp"
+#include "encoder.hpp"
 #include "gelu.hpp"
 #include "layer_norm.hpp"
 #include "linear.hpp"
@@ -12,15 +13,18 @@ namespace fastrank {
 
 struct Kernels {
   const char* isa;
-  bool multiplies_bf16;  // by an instruction of its own
+  bool multiplies_bf16;    // by an instruction of its own
+  bool multiplies_in_tiles;  // bf16, by matrix units
   void (*attention_forward)(const AttentionForward&);
   void (*attention_backward)(const AttentionBackward&);
   void (*gelu_forward)(const GeluForward&);
   void (*gelu_backward)(const GeluBackward&);
+  void (*embedding_norm_forward)(const EmbeddingNormForward&);
   void (*layer_norm_forward)(const LayerNormForward&);
   void (*layer_norm_backward)(const LayerNormBackward&);
   LinearLayout (*linear_layout)(Precision precision);
   void (*linear_forward)(const LinearForward&);
+  void (*encoder_forward)(const EncoderForward&);  // null where layers are not computed in one call
   ListwiseKernel *ranknet, *weighted_ranknet, *teacher_order, *lambda_loss, *margin_mse, *hinge, *lce, *contrastive_imitation,
       *listnet, *kl, *listmle, *p_listmle, *adr_mse, *approx_ndcg, *approx_mrr, *bce, *mse, *pearson;
 };
@@ -31,6 +35,12 @@ namespace avx2 { extern const Kernels kernels; }
 namespace avx512 { extern const Kernels kernels; }
 // Where the compiler knows AVX512_BF16: linear.cpp compiled with it. Everything else is avx512's.
 namespace avx512_bf16 { void linear_forward(const LinearForward& arguments); }
+// Where it knows AMX, too: products of bf16 in matrix units. Everything else is avx512's.
+namespace amx {
+LinearLayout linear_layout(Precision precision);
+void linear_forward(const LinearForward& arguments);
+void encoder_forward(const EncoderForward& arguments);
+}  // namespace amx
 #endif
 
 }  // namespace fastrank

@@ -62,6 +62,22 @@ void backward_row(const LayerNormBackward& arguments, int64_t row, float* normal
 
 }  // namespace
 
+void embedding_norm_forward(const EmbeddingNormForward& a) {
+  const int num_threads = a.rows * a.hidden < SERIAL_FLOATS ? 1 : a.num_threads;
+  parallel_for((a.rows + CHUNK_ROWS - 1) / CHUNK_ROWS, num_threads, [&](int64_t chunk) {
+    const int64_t end = std::min(a.rows, (chunk + 1) * CHUNK_ROWS);
+    for (int64_t row = chunk * CHUNK_ROWS; row < end; ++row) {
+      const auto vector = [&](int table) { return a.tables[table] + a.ids[table][row] * a.hidden; };
+      const float *const first = vector(0), *const second = vector(1);
+      float* const out = a.out + row * a.hidden;
+      for_row(a.hidden, [=](int64_t i, int64_t count, int) __attribute__((always_inline)) {
+        store_some(out + i, load_some(first + i, count) + load_some(second + i, count), count);
+      });
+      layer_norm_row<true>(a.hidden, out, vector(2), a.weight, a.bias, a.eps, out);
+    }
+  });
+}
+
 void layer_norm_forward(const LayerNormForward& arguments) {
   const int num_threads = arguments.rows * arguments.hidden < SERIAL_FLOATS ? 1 : arguments.num_threads;
   parallel_for((arguments.rows + CHUNK_ROWS - 1) / CHUNK_ROWS, num_threads, [&](int64_t chunk) {

@@ -23,8 +23,20 @@ struct LayerNormBackward {
   int num_threads;
 };
 
+// LayerNorm of the sum of a token's vectors: rows of three tables, added in their order.
+struct EmbeddingNormForward {
+  int64_t rows, hidden;
+  const int64_t* ids[3];  // (rows,) each, in their tables
+  const float* tables[3];  // (any number, hidden) each
+  const float *weight, *bias;
+  float eps;
+  float* out;
+  int num_threads;
+};
+
 #ifdef FASTRANK_ISA
 namespace FASTRANK_ISA {
+void embedding_norm_forward(const EmbeddingNormForward& arguments);
 void layer_norm_forward(const LayerNormForward& arguments);
 void layer_norm_backward(const LayerNormBackward& arguments);
 }  // namespace FASTRANK_ISA

@@ -182,24 +182,17 @@ def table() -> list[dict]:
     return rows
 
 
-def multiplies_in_tiles() -> bool:
-    """Whether torch multiplies bf16 in this CPU's matrix units (AMX), which our kernels know nothing of; not where
-    FASTRANK_CPU_ISA asks for them."""
-    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return supported is not None and "FASTRANK_CPU_ISA" not in os.environ and supported()
-
-
 def machine() -> dict:
     """The machine as the kernels see it: instruction_set (None without the extension), instruction_sets,
-    multiplies_bf16 (whether the set in use has an instruction for it), amx (whether torch's products of bf16 are taken
-    instead), num_threads, torch."""
-    facts = {"instruction_set": None, "instruction_sets": [], "multiplies_bf16": False, "amx": multiplies_in_tiles()}
+    multiplies_bf16 (whether the set in use has an instruction for it), amx (whether it has matrix units for it),
+    num_threads, torch."""
+    facts = {"instruction_set": None, "instruction_sets": [], "multiplies_bf16": False, "amx": False}
     facts["num_threads"] = torch.get_num_threads()
     if importlib.util.find_spec("fastrank._cpu") is not None:
         from fastrank import _cpu
 
         facts |= {"instruction_set": _cpu.isa(), "instruction_sets": _cpu.supported_isas()}
-        facts["multiplies_bf16"] = _cpu.multiplies_bf16()
+        facts |= {"multiplies_bf16": _cpu.multiplies_bf16(), "amx": _cpu.multiplies_in_tiles()}
     return facts | {"torch": torch.__version__}
 
 
@@ -223,7 +216,7 @@ def backends_command(argv: list[str]) -> int:
     offered = f" (this processor offers {', '.join(facts['instruction_sets'])})" if facts["instruction_sets"] else ""
     instruction_set = facts["instruction_set"] or "none"
     bf16 = "a bf16 instruction" if facts["multiplies_bf16"] else "no bf16 instruction"
-    bf16 = "AMX for bf16" if facts["amx"] else bf16
+    bf16 = "matrix units (AMX) for bf16" if facts["amx"] else bf16
     print(f"instruction set {instruction_set}{offered}, {bf16}, {facts['num_threads']} threads, torch {facts['torch']}")
     rows = [("operation", "backend", "runs", "")]
     for row in table():

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from fastrank import backend
 from fastrank.agreement import kendall_tau, made_up_lists
 from fastrank.checkpoint import WEIGHT_FILES, load_model, score_activation
 from fastrank.command_line import MAX_THREADS
@@ -71,13 +70,14 @@ class Reranker:
         device: "cpu", "cuda", "cuda:1" ...; default: a GPU where torch finds one.
         dtype: "float32", "bf16", "fp16" and "fp8" (on a GPU) or "int8" (on a CPU): what matrix products are computed
             in, and on a GPU what lies between them; sums and the head are float32. "auto" is float32 on a CPU and bf16
-            on a GPU. On a CPU bf16 is faster where the processor has an instruction for it (`python -m fastrank
-            backends`; with AMX, by torch's products), and elsewhere saves memory. For int8 weights are quantised here,
-            activations as they come, both with a scale for 64 neighbours, without calibration. fp8 (e4m3) is for GPUs
-            of compute capability 8.9 or more: products of all tokens in fp8, weights quantised with a scale for each
-            output, tokens with one each as they come, the rest in bf16; models of a hidden size below 768 gain nothing.
-            Its rounding is coarse, so a model that is loaded so first scores made-up pairs in bf16 and in fp8, and
-            warns where their orders agree too little: `fp8_agreement`.
+            on a GPU. On a CPU bf16 is faster where the processor has an instruction or matrix units (AMX) for it
+            (`python -m fastrank backends`), and elsewhere saves memory. For int8 weights are quantised here,
+            activations as they come, both with a scale for 64 neighbours, without calibration; with AMX such weights
+            are multiplied as bf16, and take its memory. fp8 (e4m3) is for GPUs of compute capability 8.9 or more:
+            products of all tokens in fp8, weights quantised with a scale for each output, tokens with one each as they
+            come, the rest in bf16; models of a hidden size below 768 gain nothing. Its rounding is coarse, so a model
+            that is loaded so first scores made-up pairs in bf16 and in fp8, and warns where their orders agree too
+            little: `fp8_agreement`.
         max_length: tokens of a pair, special tokens included; default: what tokenizer and model allow.
         max_query_tokens, max_document_tokens: cut each side first; default: no such cut.
         max_batch_tokens: tokens of one forward pass; more need more memory.
@@ -141,7 +141,7 @@ class Reranker:
             prefer_int8=precision == "int8",
         )
         loaded.requires_grad_(False)
-        if place.type == "cpu" and not (precision == "bf16" and backend.multiplies_in_tiles()):
+        if place.type == "cpu":
             if not loaded.is_frozen:
                 loaded.freeze(precision, keep_weights=False)
         else:

@@ -8,7 +8,7 @@ import pytest
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
 
 
-@pytest.fixture(params=["plain", "avx2", "avx512"])
+@pytest.fixture(params=["plain", "avx2", "avx512", "amx"])
 def isa(request, monkeypatch) -> str:
     """Each instruction set in turn, for the time of a test; one that this processor lacks is a visible skip."""
     from fastrank import _cpu

@@ -239,8 +239,8 @@ def test_a_broken_extension_is_an_error(without_extension, tmp_path):
 def test_the_command_prints_every_operation_and_backend(capsys):
     assert backend.backends_command([]) == 0
     text = capsys.readouterr().out
-    amx = backend.multiplies_in_tiles()
-    assert ("AMX" in text) == amx
+    amx = _cpu.multiplies_in_tiles()
+    assert ("AMX" in text) == amx == (_cpu.isa() == "amx")
     assert ("no bf16 instruction" in text) == (not _cpu.multiplies_bf16() and not amx)
     assert f"instruction set {_cpu.isa()}" in text and f"torch {torch.__version__}" in text
     for op in ("attention", "layer_norm", "listwise"):
@@ -254,6 +254,7 @@ def test_the_command_prints_every_operation_and_backend(capsys):
     report = json.loads(capsys.readouterr().out)
     assert report["machine"]["instruction_set"] == _cpu.isa()
     assert report["machine"]["multiplies_bf16"] == _cpu.multiplies_bf16()
+    assert report["machine"]["amx"] == amx
     assert {"op": "attention", "backend": "cpu", "runs": True, "dtypes": ["float32"], "refusals": []} in report[
         "backends"
     ]

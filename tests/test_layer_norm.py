@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from accuracy import assert_accurate, outputs_and_gradients, skip_unless_runs
+from accuracy import assert_accurate, outputs_and_gradients, poisoned_memory, skip_unless_runs
 from torch import Tensor
 
 from fastrank import ops
@@ -148,3 +148,29 @@ def test_bad_input():
         ops.layer_norm(x[None], None, w, w, 1e-5)
     with pytest.raises(ValueError, match=r"weight torch\.float64 on cpu"):
         ops.layer_norm(x, None, w.double(), w, 1e-5)
+
+
+@pytest.mark.parametrize("hidden", [1, 7, 16, 33, 384])
+@pytest.mark.parametrize("rows", [0, 1, 17, 300])
+def test_norms_of_embeddings(backend, rows, hidden):
+    random = torch.Generator().manual_seed(hidden)
+    tables = tuple(torch.randn(count, hidden, generator=random) for count in (50, 2, 40))
+    ids = tuple(torch.randint(0, len(one), (rows,), generator=random) for one in tables)
+    weight, bias = torch.randn(2, hidden, generator=random)
+    run = lambda: ops.embedding_norm(ids, tables, weight, bias, 1e-6, backend=backend)  # noqa: E731
+    with poisoned_memory():
+        out = run()
+    summed = sum(one[i].double() for one, i in zip(tables, ids, strict=True))
+    exact = torch.nn.functional.layer_norm(summed, (hidden,), weight.double(), bias.double(), 1e-6)
+    assert out.shape == (rows, hidden)
+    assert rows == 0 or (out - exact).abs().max() <= 2e-6 * (1 + exact.abs().max())
+    weight.requires_grad_()
+    assert torch.equal(run().detach(), out), "with a gradient the same bits"
+
+
+def test_ids_outside_their_tables(backend):
+    tables = torch.ones(5, 8), torch.ones(2, 8), torch.ones(7, 8)
+    for wrong in (-1, 2):
+        ids = torch.tensor([4]), torch.tensor([wrong]), torch.tensor([6])
+        with pytest.raises(IndexError, match=f"id {wrong} is outside of a table of 2 vectors"):
+            ops.embedding_norm(ids, tables, torch.ones(8), torch.ones(8), 1e-6, backend=backend)

@@ -11,7 +11,7 @@ from accuracy import before_a_wall, hold_to_the_rule, poisoned_memory, skip_unle
 from torch import Tensor
 from torch.nn import functional
 
-from fastrank import ops
+from fastrank import _cpu, ops
 from fastrank.kernels.linear import reference
 from fastrank.kernels.linear.weights import BLOCK, LinearWeights, freeze
 
@@ -45,10 +45,16 @@ def make(rows: int, depth: int, columns: int, precision: str, *, second: int = 0
     return x, first, options
 
 
+def multiplied(weights: LinearWeights) -> LinearWeights:
+    """int8 weights in the form in which the instruction set in use multiplies them."""
+    return weights.as_bf16() if weights.precision == "int8" and _cpu.multiplies_in_tiles() else weights
+
+
 def assert_accurate(x: Tensor, first: LinearWeights, options: dict, backend: str) -> None:
     def run(backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
         given = {name: value.to(dtype) if name == "residual" else value for name, value in options.items()}
-        return {"output": ops.linear(x.to(dtype), first, backend=backend, **given)}
+        given |= {name: multiplied(value) for name, value in options.items() if name == "second"}
+        return {"output": ops.linear(x.to(dtype), multiplied(first), backend=backend, **given)}
 
     exact, rounded = run("reference", torch.float64), run("reference", torch.float32)
     walled = {name: before_a_wall(value) if isinstance(value, Tensor) else value for name, value in options.items()}
@@ -185,17 +191,21 @@ def test_bf16_is_rounded_as_torch_rounds(backend):
 
 
 @pytest.mark.parametrize("depth", [1, 2, 63, 191, 193, 385])
-def test_every_instruction_set_sums_bf16_alike(backend, depth):
-    """Bit for bit: sums of 192 products each, pair by pair, of a pair the second product first."""
+def test_every_instruction_set_sums_bf16_alike(isa, backend, depth):
+    """Bit for bit: sums of 192 products each, pair by pair, of a pair the second product first. Matrix units sum the
+    first and the second products of sixteen pairs by themselves, and the bias comes last."""
     x, first, _ = make(7, depth, 40, "bf16", seed=depth)
-    left, right = (functional.pad(one.bfloat16().float(), (0, depth % 2)) for one in (x, first.weight))
-    sums = first.bias.expand(7, 40)
-    for begin in range(0, depth, 192):
-        part = torch.zeros(7, 40)
-        for k in range(begin, min(begin + 192, depth), 2):
-            for place in (k + 1, k):
-                part += left[:, place, None] * right[:, place]  # exact
-        sums = sums + part
+    left, right = (functional.pad(one.bfloat16().float(), (0, -depth % 32)) for one in (x, first.weight))
+    product = lambda k: left[:, k, None] * right[:, k]  # noqa: E731  (exact)
+    sums = torch.zeros(7, 40) if isa == "amx" else first.bias.expand(7, 40)
+    block = 32 if isa == "amx" else 192
+    for begin in range(0, depth, block):
+        pairs = range(begin, min(begin + block, left.shape[1]), 2)
+        if isa == "amx":
+            sums = sums + (sum(map(product, pairs)) + sum(product(k + 1) for k in pairs))
+        else:
+            sums = sums + sum(product(place) for k in pairs for place in (k + 1, k))
+    sums = sums + first.bias if isa == "amx" else sums
     assert torch.equal(ops.linear(x, first, backend=backend), sums)
 
 
@@ -212,6 +222,18 @@ def test_int8_is_as_close_as_its_steps_say():
     levels, scale, low = reference.quantize_blocks(x[:, :256].view(50, 4, 64))
     assert levels.min() == 0 and levels.max() == 255
     assert ((levels * scale + low - x[:, :256].view(50, 4, 64)).abs() <= scale * 0.5001).all()
+
+
+@pytest.mark.parametrize("depth", [64, 130, 384])
+def test_matrix_units_are_closer_to_int8_weights_than_int8_is(isa, depth):
+    """They take the weights as bf16, which rounds x less than 256 levels for a whole block of 64 do."""
+    if isa != "amx":
+        pytest.skip("Other instruction sets quantise x.")
+    x, first, _ = make(50, depth, 40, "int8", seed=depth)
+    weight = (first.weight.double() * first.scales[..., None]).flatten(1)[:, :depth]
+    exact = x.double() @ weight.T + first.bias.double()
+    ours, quantised = ops.linear(x, first), ops.linear(x, first, backend="reference")
+    assert (ours - exact).std() < (quantised - exact).std()  # about half
 
 
 def test_extremes_meet_in_sixteen_bits(backend):
@@ -256,11 +278,12 @@ def test_bad_input():
 
 PRINT_A_HASH = """
 import hashlib, torch
-from fastrank import ops
+from fastrank import _cpu, ops
 x = torch.randn(40, 200, generator=torch.Generator().manual_seed(1))
 weight = torch.randn(64, 200, generator=torch.Generator().manual_seed(2))
 frozen = ops.freeze_linear(weight, torch.zeros(64), "int8")
-exact = ops.linear(x.double(), frozen, backend="reference")
+multiplied = frozen.as_bf16() if _cpu.multiplies_in_tiles() else frozen
+exact = ops.linear(x.double(), multiplied, backend="reference")
 apart = (ops.linear(x, frozen).double() - exact).abs().max() / exact.abs().max()
 print(float(apart), hashlib.sha1(frozen.weight.numpy()).hexdigest())
 """
@@ -268,8 +291,6 @@ print(float(apart), hashlib.sha1(frozen.weight.numpy()).hexdigest())
 
 def test_instruction_sets_agree():
     """In processes of their own, as a user would choose one."""
-    from fastrank import _cpu
-
     lines = []
     for isa in _cpu.supported_isas():
         environment = os.environ | {"FASTRANK_CPU_ISA": isa}

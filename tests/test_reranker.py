@@ -474,21 +474,6 @@ def test_fp8_wants_a_model_that_it_fits(tiny):
         load_parts(tiny, head="required", limits={}, hub={})[0].to_precision("fp8", hidden_states="float32")
 
 
-def test_bf16_by_torch_where_it_has_matrix_units(tiny, monkeypatch):
-    assert isinstance(torch.cpu._is_amx_tile_supported(), bool), "torch still tells"
-    pairs = [("a b", "c d e"), ("a", "b")]
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    monkeypatch.setenv("FASTRANK_CPU_ISA", "plain")
-    ours = Reranker(tiny, dtype="bf16")
-    monkeypatch.delenv("FASTRANK_CPU_ISA")
-    theirs = Reranker(tiny, dtype="bf16")
-    assert ours.model.is_frozen and not theirs.model.is_frozen
-    assert theirs.model.encoder.precision == torch.bfloat16
-    scores = theirs.predict(pairs)
-    monkeypatch.setenv("FASTRANK_CPU_ISA", "plain")
-    np.testing.assert_allclose(scores, ours.predict(pairs), atol=0.1)
-
-
 def test_every_instruction_set_ranks_alike(real, monkeypatch):
     """Sums of bf16 and int8 products are the same everywhere, but what is rounded or quantised next may have been
     rounded the other way, which later layers magnify: two instruction sets may differ by what rounding or quantising

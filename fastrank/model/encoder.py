@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fastrank import ops
-from fastrank.model import gpu_layers
+from fastrank.model import cpu_layers, gpu_layers
 from fastrank.model.linear import Linear
 from fastrank.model.settings import Settings
 
@@ -95,7 +95,15 @@ class Layer(nn.Module):
         else:
             qkv = self.qkv.in_groups(x, 3 * self.heads[0]).unflatten(1, (3, -1))
             attended = ops.fused_attention(qkv, offsets, span=span)
-        attended = attended.flatten(1)
+        return self.after_attention(attended.flatten(1), x)
+
+    def products(self) -> list[Linear]:
+        """Every matrix product of the layer."""
+        first = [self.query, self.key_value] if self.is_last else [self.qkv]
+        return [*first, self.attention_output, self.up, self.down]
+
+    def after_attention(self, attended: Tensor, x: Tensor) -> Tensor:
+        """attended: what attention gives for the rows of x, (rows, hidden) both."""
         frozen = [module.frozen is not None for module in (self.attention_output, self.up, self.down)]
         if any(frozen):
             if not all(frozen):
@@ -180,6 +188,8 @@ class Encoder(nn.Module):
                 "fp8 runs only by fastrank's Triton kernels, on a GPU of compute capability 8.9 or more, and these "
                 "cannot run here: choose another precision (python -m fastrank backends says why)."
             )
+        if cpu_layers.suits(self.layers, x):
+            return cpu_layers.infer(self.layers, x, offsets)
         for layer in self.layers:
             if recomputes:
                 x = checkpoint(layer, x, offsets, batch.span, use_reentrant=False)

@@ -31,7 +31,12 @@ def embedding_norm(
     eps: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    return layer_norm(*sum_vectors(ids, tables, padding), weight, bias, eps).to(dtype)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*tables, weight, bias)):
+        return layer_norm(*sum_vectors(ids, tables, padding), weight, bias, eps).to(dtype)
+    out = torch.empty(len(ids[0]), len(weight), dtype=torch.float32)
+    arrays = [_array(one) for one in ids], [_array(one) for one in tables], _array(weight), _array(bias)
+    _cpu.embedding_norm_forward(*arrays, eps, out.numpy(), torch.get_num_threads())
+    return out.to(dtype)
 
 
 def _array(tensor: Tensor | None) -> np.ndarray | None:

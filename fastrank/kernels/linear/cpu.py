@@ -45,15 +45,22 @@ def _array(tensor: Tensor | None) -> np.ndarray | None:
     return None if tensor is None else tensor.detach().contiguous().numpy()
 
 
+def _as_multiplied(weights: LinearWeights) -> LinearWeights:
+    """int8 weights as bf16 where matrix units multiply it: scaling their sums of integers block by block would take
+    longer than the products do."""
+    return weights.as_bf16() if weights.precision == "int8" and _cpu.multiplies_in_tiles() else weights
+
+
 def pack(weights: LinearWeights) -> tuple:
     """Panels of columns, and in each, groups of neighbours along the depth; both filled up with zeros."""
     isa = _cpu.isa()
     if isa not in weights.packed:
         weights.require_weight()
-        panel, group, _ = _cpu.linear_layout(weights.precision)
+        kept, weights = weights, _as_multiplied(weights)
+        panel, group, block = _cpu.linear_layout(weights.precision)
         columns, missing = weights.columns, -weights.columns % panel
         values = weights.weight.flatten(1)
-        filled = functional.pad(values, (0, -values.shape[1] % group, 0, missing))
+        filled = functional.pad(values, (0, -values.shape[1] % block, 0, missing))
         panels = filled.view(-1, panel, filled.shape[1] // group, group).transpose(1, 2).contiguous()
         scales = sums = None
         if weights.scales is not None:
@@ -63,5 +70,6 @@ def pack(weights: LinearWeights) -> tuple:
         if weights.precision == "bf16":
             panels = panels.view(torch.int16)  # numpy has no bf16
         arrays = (_array(panels), _array(scales), _array(sums), _array(bias))
-        weights.packed[isa] = (weights.precision, *arrays, columns, weights.depth)
+        kept.packed[isa] = (weights.precision, *arrays, columns, weights.depth)
+        return kept.packed[isa]
     return weights.packed[isa]

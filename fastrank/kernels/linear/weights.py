@@ -6,6 +6,8 @@ set by its largest pair of neighbours, since AVX2 adds two products of a byte an
 integers, and the same sums of them, serve every processor.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
 
 import torch
@@ -44,6 +46,14 @@ class LinearWeights:
     @property
     def precision(self) -> str:
         return PRECISIONS[self.weight.dtype]
+
+    def as_bf16(self) -> LinearWeights:
+        """What a product of bf16 takes for them; int8 weights as they are, but for the rounding of their scales'
+        multiples."""
+        if self.scales is None:
+            return LinearWeights(self.weight.bfloat16(), self.bias, self.depth)
+        weight = (self.weight * self.scales[..., None]).flatten(1)[:, : self.depth]
+        return LinearWeights(weight.bfloat16(), self.bias, self.depth)
 
     def release(self) -> None:
         object.__setattr__(self, "weight", self.weight.to("meta"))

@@ -1,0 +1,61 @@
+"""The layers of a frozen encoder in one call, on a CPU whose matrix units multiply bf16 (AMX).
+
+encoder.Layer defines what is computed; fastrank.kernels.encoder_cpu says what is rounded beside. The layers are not
+called as modules: hooks on them or on what is in them do not run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastrank.backend import choose
+
+if TYPE_CHECKING:
+    from fastrank.model.encoder import Layer, Norm
+
+
+def suits(layers: Sequence[Layer], x: Tensor) -> bool:
+    """Whether the layers can go this way."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or not len(x) or layers[0].up.frozen is None:
+        return False
+    if any(not choose(op, "auto", x[:, :1]).__name__.endswith(".cpu") for op in ("linear", "attention")):
+        return False
+    from fastrank.kernels import encoder_cpu
+
+    products = (one.frozen for layer in layers for one in layer.products())
+    return (
+        encoder_cpu.runs()
+        and encoder_cpu.takes(layers[0].heads[1])
+        and all(frozen is not None and frozen.precision != "float32" for frozen in products)
+    )
+
+
+def infer(layers: Sequence[Layer], x: Tensor, offsets: Tensor) -> Tensor:
+    """What the layers make of x, which is overwritten: the first tokens' vectors, (pairs, hidden)."""
+    from fastrank.kernels import encoder_cpu
+
+    *whole, last = layers
+    weights = [
+        (
+            layer.qkv.frozen,
+            layer.attention_output.frozen,
+            _norm(layer.attention_norm),
+            layer.up.frozen,
+            layer.down.frozen,
+            _norm(layer.norm),
+        )
+        for layer in whole
+    ]
+    x = x.contiguous()
+    attended = encoder_cpu.encode(
+        x, offsets, last.heads[0], weights, last.activation, last.query.frozen, last.key_value.frozen
+    )
+    return last.after_attention(attended, x.index_select(0, offsets[:-1]))
+
+
+def _norm(norm: Norm) -> tuple[Tensor, Tensor, float]:
+    return norm.weight, norm.bias, norm.eps

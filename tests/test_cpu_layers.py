@@ -1,0 +1,163 @@
+"""An encoder's layers in one call, in matrix units, against the same layers in float64: what is rounded to bf16 on the
+way may cost at most twice what it costs the reference."""
+
+import pytest
+import torch
+from accuracy import hold_to_the_rule, poisoned_memory
+from attention_cases import cut, draw
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastrank import _cpu, ops
+from fastrank.kernels import encoder_cpu
+from fastrank.kernels.linear import reference
+from fastrank.kernels.linear.weights import LinearWeights
+
+LENGTHS = (1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 130, 3)
+
+
+@pytest.fixture(autouse=True)
+def amx(monkeypatch):
+    if "amx" not in _cpu.supported_isas():
+        pytest.skip("This processor has no AMX.")
+    monkeypatch.setenv("FASTRANK_CPU_ISA", "amx")
+    assert encoder_cpu.runs()
+
+
+def make(hidden: int, inner: int, *, layers: int = 2, precision: str = "bf16", seed: int = 0):
+    """Weights of the layers, and of the last one's query and of its key and value."""
+    random = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(shape, generator=random)  # noqa: E731
+
+    def weights(columns: int, depth: int) -> LinearWeights:
+        return ops.freeze_linear(1.5 * draw(columns, depth) / depth**0.5, 0.3 * draw(columns), precision)
+
+    def norm() -> tuple[Tensor, Tensor, float]:
+        return 1 + 0.2 * draw(hidden), 0.2 * draw(hidden), 1e-6
+
+    whole = []
+    for _ in range(layers):
+        attention = weights(3 * hidden, hidden), weights(hidden, hidden), norm()
+        whole.append((*attention, weights(inner, hidden), weights(hidden, inner), norm()))
+    return whole, weights(hidden, hidden), weights(2 * hidden, hidden)
+
+
+def expected(x, offsets, num_heads, layers, activation, query, key_value, *, dtype, rounds) -> dict[str, Tensor]:
+    """The definition; with `rounds` everything is rounded to bf16 that is when products are bf16."""
+
+    def rounded(x: Tensor) -> Tensor:
+        return x.bfloat16().to(dtype) if rounds else x
+
+    def multiply(x: Tensor, weights: LinearWeights) -> Tensor:
+        return rounded(x) @ weights.as_bf16().weight.to(dtype).T + weights.bias.to(dtype)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (one.unflatten(1, (num_heads, -1)).transpose(0, 1) for one in (q, k, v))
+        scores = q @ k.transpose(1, 2) * q.shape[2] ** -0.5
+        powers = torch.exp(scores - scores.amax(-1, keepdim=True))
+        return rounded(rounded(powers) @ v / powers.sum(-1, keepdim=True)).transpose(0, 1).flatten(1)
+
+    def normalise(x: Tensor, norm: tuple) -> Tensor:
+        return F.layer_norm(x, x.shape[1:], norm[0].to(dtype), norm[1].to(dtype), norm[2])
+
+    x = x.to(dtype)
+    pairs = list(zip(offsets.tolist(), offsets.tolist()[1:], strict=False))
+    for qkv, output, attention_norm, up, down, norm in layers:
+        q, k, v = rounded(multiply(x, qkv)).chunk(3, 1)
+        attended = torch.cat([attend(q[a:b], k[a:b], v[a:b]) for a, b in pairs])
+        x = normalise(multiply(attended, output) + x, attention_norm)
+        between = multiply(x, up)
+        is_polynomial = rounds and activation == "gelu"
+        between = (
+            reference.gelu_polynomial(between, "bf16") if is_polynomial else reference.ACTIVATIONS[activation](between)
+        )
+        x = normalise(multiply(between, down) + x, norm)
+    k, v = rounded(multiply(x, key_value)).chunk(2, 1)
+    q = rounded(multiply(x[offsets[:-1].long()], query))
+    attended = torch.cat([attend(q[i : i + 1], k[a:b], v[a:b]) for i, (a, b) in enumerate(pairs)])
+    return {"x": x, "attended": attended}
+
+
+def run(x: Tensor, *arguments) -> dict[str, Tensor]:
+    x = x.clone()
+    with poisoned_memory():
+        return {"attended": encoder_cpu.encode(x, *arguments), "x": x}
+
+
+def assert_accurate(x: Tensor, offsets: Tensor, num_heads: int, made: tuple, activation: str = "gelu") -> None:
+    whole, query, key_value = made
+    arguments = offsets, num_heads, whole, activation, query, key_value
+    exact = expected(x, *arguments, dtype=torch.float64, rounds=False)
+    rounded = expected(x, *arguments, dtype=torch.float32, rounds=True)
+    hold_to_the_rule(exact, rounded, run(x, *arguments), backend="cpu")
+
+
+@pytest.mark.parametrize(("heads", "head_dim"), [(1, 32), (3, 32), (2, 64), (1, 96), (2, 128), (12, 32)])
+def test_accuracy(heads, head_dim):
+    hidden = heads * head_dim
+    assert_accurate(draw(sum(LENGTHS), hidden), cut(LENGTHS), heads, make(hidden, 4 * hidden, seed=heads))
+
+
+@pytest.mark.parametrize("length", [1, 2, 16, 17, 31, 32, 33, 47, 64, 511])
+def test_accuracy_of_each_length_alone(length):
+    assert_accurate(draw(length, 64, seed=length), cut([length]), 2, make(64, 96, seed=length))
+
+
+@pytest.mark.parametrize("inner", [1, 31, 32, 33, 384, 385, 800])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu"])
+def test_accuracy_of_any_network(inner, activation):
+    assert_accurate(draw(70, 64, seed=inner), cut([30, 40]), 2, make(64, inner, seed=inner), activation)
+
+
+@pytest.mark.parametrize("layers", [0, 1, 4])
+def test_any_number_of_layers(layers):
+    assert_accurate(draw(70, 64), cut([30, 40]), 2, make(64, 128, layers=layers))
+
+
+def test_int8_weights_are_multiplied_as_bf16():
+    made = make(64, 128, precision="int8")
+    assert_accurate(draw(70, 64), cut([30, 40]), 2, made)
+
+
+def test_a_pair_is_the_same_bit_for_bit_alone_and_with_any_number_of_threads():
+    lengths = (3, 129, 64, 1, 30, 77, 300, 16)
+    offsets = cut(lengths)
+    whole, query, key_value = make(64, 128)
+    x = draw(sum(lengths), 64)
+    together = run(x, offsets, 2, whole, "gelu", query, key_value)
+    for pair, (begin, end) in enumerate(zip(offsets.tolist(), offsets.tolist()[1:], strict=False)):
+        alone = run(x[begin:end], cut([end - begin]), 2, whole, "gelu", query, key_value)
+        assert torch.equal(alone["x"], together["x"][begin:end])
+        assert torch.equal(alone["attended"][0], together["attended"][pair])
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3, 9):
+            torch.set_num_threads(count)
+            other = run(x, offsets, 2, whole, "gelu", query, key_value)
+            assert all(torch.equal(other[name], together[name]) for name in together)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_nan_stays_in_its_pair():
+    offsets, x = cut([20, 33, 40]), draw(93, 64)
+    whole, query, key_value = make(64, 128)
+    clean = run(x, offsets, 2, whole, "gelu", query, key_value)
+    spoilt = x.clone()
+    spoilt[25, 7] = torch.nan
+    out = run(spoilt, offsets, 2, whole, "gelu", query, key_value)
+    assert out["x"][20:53].isnan().all() and out["attended"][1].isnan().all()
+    for rows in (slice(0, 20), slice(53, 93)):
+        assert torch.equal(out["x"][rows], clean["x"][rows])
+    assert torch.equal(run(x, offsets, 2, whole, "gelu", query, key_value)["x"], clean["x"])
+
+
+def test_one_key_far_above_the_others_takes_all():
+    whole, query, key_value = make(64, 128)
+    x = 100 * draw(50, 64)
+    assert_accurate(x, cut([50]), 2, (whole, query, key_value))
+
+
+def test_no_pairs():
+    whole, query, key_value = make(64, 128)
+    assert run(torch.empty(0, 64), cut([]), 2, whole, "gelu", query, key_value)["attended"].shape == (0, 64)
