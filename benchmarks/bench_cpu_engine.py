@@ -21,7 +21,7 @@ from timing import CLOCK, Comparison, Contender
 from workloads import checkpoint, ranking_lists
 
 import fastrank
-from fastrank import ops
+from fastrank import _cpu, ops
 from fastrank.packing import pack_pairs, plan_batches
 
 MAX_LENGTH = 512
@@ -84,6 +84,8 @@ def product_rates(hidden: int, inner: int) -> dict[str, float]:
     if not refusal("bf16"):
         low = [tensor.bfloat16() for tensor in (x, weight, bias)]
         rates["bf16"] = max(rates["bf16"], best_rate(lambda: linear(*low), operations))
+    if _cpu.isa() == "amx":  # int8 weights are multiplied as bf16 there
+        rates["int8"] = max(rates["int8"], rates["bf16"])
     return rates
 
 
