@@ -22,6 +22,7 @@ __all__ = [
     "LinearWeights",
     "attention",
     "bias_gelu",
+    "check_offsets",
     "embedding_norm",
     "freeze_linear",
     "fused_attention",
@@ -66,10 +67,10 @@ def attention(
     )
     _require_alike(q=q, k=k, v=v)
     _require_contiguous_rows(q=q, k=k, v=v)
-    _check_offsets("offsets", offsets, k)
+    check_offsets("offsets", offsets, k)
     _check_span(span, offsets)
     if query_offsets is not None:
-        _check_offsets("query_offsets", query_offsets, q)
+        check_offsets("query_offsets", query_offsets, q)
         _require(
             query_offsets.shape == offsets.shape,
             "query_offsets must cut as many pairs as offsets",
@@ -99,7 +100,7 @@ def fused_attention(
     """
     _require(qkv.dim() == 4 and qkv.shape[1] == 3, "fused_attention takes qkv (tokens, 3, heads, head_dim)", qkv=qkv)
     _require_contiguous_rows(qkv=qkv)
-    _check_offsets("offsets", offsets, qkv)
+    check_offsets("offsets", offsets, qkv)
     _check_span(span, offsets)
     scale = max(qkv.shape[3], 1) ** -0.5 if scale is None else float(scale)
     return choose("attention", backend, qkv).fused_attention(qkv, offsets, scale, span)
@@ -377,7 +378,7 @@ torch.library.define(
 def _run_listwise(
     scores: Tensor, labels: Tensor, list_offsets: Tensor, name: str, backend: str, check: str, **options: object
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_offsets("list_offsets", list_offsets, scores, segment="list", row="document")
+    check_offsets("list_offsets", list_offsets, scores, segment="list", row="document")
     if check:
         _check_values(scores, labels, list_offsets, check)
     kernels = choose("listwise", backend, scores)
@@ -469,7 +470,7 @@ def listwise_terms(name: str, labels: Tensor, list_offsets: Tensor) -> Tensor:
     name, labels, list_offsets: as in listwise().
     """
     _require(labels.dim() == 1, "listwise_terms takes labels (documents,)", labels=labels, list_offsets=list_offsets)
-    _check_offsets("list_offsets", list_offsets, labels, segment="list", row="document")
+    check_offsets("list_offsets", list_offsets, labels, segment="list", row="document")
     reference = choose("listwise", "reference", labels)
     _check_loss(name, reference.LOSSES)
     return reference.count_terms(name, labels, list_offsets)
@@ -530,7 +531,7 @@ def _check_span(span: tuple[int, int] | None, offsets: Tensor) -> None:
             raise ValueError(f"span says {span}, but the pairs have from {lengths.min()} to {lengths.max()} tokens.")
 
 
-def _check_offsets(name: str, offsets: Tensor, rows: Tensor, *, segment: str = "pair", row: str = "token") -> None:
+def check_offsets(name: str, offsets: Tensor, rows: Tensor, *, segment: str = "pair", row: str = "token") -> None:
     """Offsets begin at 0, never decrease and end at the number of rows: otherwise a kernel would read foreign
     memory. Those of lists may be int64, which is what torch makes by itself."""
     _require_integers(name, offsets, rows, (torch.int32, torch.int64) if segment == "list" else (torch.int32,))

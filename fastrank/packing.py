@@ -33,13 +33,16 @@ class Pairs(Sequence[Pair]):
 
     @classmethod
     def join(cls, pairs: Sequence[Pair]) -> Pairs:
-        """The same pairs."""
+        """The same pairs. Raises ValueError where a pair has not as many types as ids, or a number that is no int32."""
         if isinstance(pairs, Pairs):
             return pairs
-        if not pairs:
+        if not len(pairs):
             return cls(np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.int64))
-        ids, types = (np.concatenate(arrays, dtype=np.int32, casting="unsafe") for arrays in zip(*pairs, strict=True))
-        return cls(ids, types, np.cumsum([len(one) for one, _ in pairs], dtype=np.int64))
+        lengths = _lengths(pairs)
+        if (different := np.flatnonzero(lengths != [len(types) for _, types in pairs])).size:
+            ids, types = pairs[different[0]]
+            raise ValueError(f"Pair {different[0]} has {len(ids)} token ids and {len(types)} token types.")
+        return cls(*map(_concatenate, zip(*pairs, strict=True)), lengths.cumsum())
 
     @property
     def lengths(self) -> np.ndarray:
@@ -179,6 +182,22 @@ def _places(tensors: Sequence[Tensor]) -> list[int]:
     return places
 
 
+def _lengths(pairs: Sequence[Pair]) -> np.ndarray:
+    """Tokens of each pair, int64 (pairs,)."""
+    return pairs.lengths if isinstance(pairs, Pairs) else np.array([len(ids) for ids, _ in pairs], dtype=np.int64)
+
+
+def _concatenate(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    joined = np.concatenate(arrays)
+    if joined.dtype == np.int32:
+        return joined
+    with np.errstate(invalid="ignore"):
+        as_int32 = joined.astype(np.int32)
+    if (wrong := joined != as_int32).any():
+        raise ValueError(f"Token ids and types must be whole numbers of 32 bits, not {joined[wrong][0]}.")
+    return as_int32
+
+
 def pack_pairs(pairs: Sequence[Pair], order: np.ndarray | None = None) -> PackedBatch:
     """Packs pairs as one list.
 
@@ -272,9 +291,9 @@ def _offsets(sizes: Sequence[int] | np.ndarray) -> np.ndarray:
 
 
 def _pack(pairs: Sequence[Pair], list_sizes: Sequence[int], order: np.ndarray | None = None) -> PackedBatch:
-    joined = Pairs.join(pairs)
-    offsets = _offsets(joined.lengths if order is None else joined.lengths[order])
-    ids, types, positions, lengths = joined.gather(np.arange(len(joined)) if order is None else order)
+    # Before anything is copied: what is too much for the offsets may be too much for the memory.
+    offsets = _offsets(_lengths(pairs)[slice(None) if order is None else order])
+    ids, types, positions, lengths = Pairs.join(pairs).gather(np.arange(len(pairs)) if order is None else order)
     return PackedBatch(
         torch.from_numpy(ids.astype(np.int64)),
         torch.from_numpy(types.astype(np.int64)),

@@ -643,4 +643,5 @@ def _check_activation(activation: str | None) -> None:
 
 
 def _activate(scores: np.ndarray, activation: str) -> np.ndarray:
-    return torch.from_numpy(scores).sigmoid().numpy() if activation == "sigmoid" else scores
+    # torch's sigmoid of float32 gives the last numbers of an array other bits than the ones before; float64 hides that.
+    return torch.from_numpy(scores).double().sigmoid().float().numpy() if activation == "sigmoid" else scores

@@ -25,6 +25,7 @@ from fastrank.packing import Pairs
 
 BACKENDS = ("auto", "cpu", "reference")
 MAX_TOKEN_ID = 2**31 - 1  # ids are int32
+MAX_TOKENS = 2**31 - 1  # of a pair: a tokenizer without a limit says 10**30
 SURROGATES = re.compile("[\ud800-\udfff]")
 # Between two ASCII letters or digits a single space ends a word for every pre-tokenizer named below.
 WORD_BREAK = re.compile("(?<=[0-9A-Za-z]) (?=[0-9A-Za-z])")
@@ -89,7 +90,7 @@ class PairTokenizer:
                 f"max_length is {self.max_length}, but the special tokens of a pair alone take "
                 f"{num_special}; give at least {num_special + 1}."
             )
-        self._budget = self.max_length - num_special
+        self._budget = min(self.max_length - num_special, MAX_TOKENS)
         self._keep_end = tokenizer.truncation_side == "left"
         self._can_cut_text = not self._keep_end and self._words_are_independent()
         self._lock = threading.Lock()
@@ -280,9 +281,9 @@ class PairTokenizer:
         are equally long, then of both by turns; the odd token stays with the longer text, with the document on a tie.
         """
         if self.max_query_tokens is not None:
-            num_query = np.minimum(num_query, self.max_query_tokens)
+            num_query = np.minimum(num_query, min(self.max_query_tokens, MAX_TOKENS))
         if self.max_document_tokens is not None:
-            num_document = np.minimum(num_document, self.max_document_tokens)
+            num_document = np.minimum(num_document, min(self.max_document_tokens, MAX_TOKENS))
         shorter = np.minimum(np.minimum(num_query, num_document), self._budget // 2)
         longer = np.minimum(np.maximum(num_query, num_document), self._budget - shorter)
         query_is_longer = num_query > num_document

@@ -5,13 +5,16 @@ import pytest
 import torch
 from accuracy import hold_to_the_rule, poisoned_memory
 from attention_cases import cut, draw
+from hub_models import make_checkpoint, random_pairs
 from torch import Tensor
 from torch.nn import functional as F
 
 from fastrank import _cpu, ops
+from fastrank.checkpoint import load_model
 from fastrank.kernels import encoder_cpu
 from fastrank.kernels.linear import reference
 from fastrank.kernels.linear.weights import LinearWeights
+from fastrank.packing import PackedBatch, pack_pairs
 
 LENGTHS = (1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 130, 3)
 
@@ -161,3 +164,25 @@ def test_one_key_far_above_the_others_takes_all():
 def test_no_pairs():
     whole, query, key_value = make(64, 128)
     assert run(torch.empty(0, 64), cut([]), 2, whole, "gelu", query, key_value)["attended"].shape == (0, 64)
+
+
+def test_offsets_that_reach_into_foreign_memory_are_refused(tmp_path):
+    """A batch may be made by hand; strided offsets are none of its faults."""
+    pairs = random_pairs(make_checkpoint(tmp_path, "bert", hidden_size=64, num_attention_heads=2), [5, 9, 3])
+    model = load_model(tmp_path).eval().requires_grad_(False).freeze("bf16")
+    made = pack_pairs(pairs)
+
+    def score(*offsets: int, step: int = 1) -> Tensor:
+        cuts = torch.tensor(offsets, dtype=torch.int32)[::step]
+        tensors = made.token_ids, made.token_types, made.positions, cuts, made.list_offsets
+        return model.score(PackedBatch(*tensors, max_pair_tokens=9, min_pair_tokens=3))
+
+    for offsets, message in (
+        ((0, 5, 14, 1000), "offsets must end at the number of tokens, 17, not at 1000"),
+        ((0, 5, 14), "offsets must end at the number of tokens, 17, not at 14"),
+        ((-5, 5, 14, 17), "offsets must begin at 0, not at -5"),
+        ((0, 14, 5, 17), "offsets must not decrease, but pair 1 reaches from 14 to 5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            score(*offsets)
+    assert torch.equal(score(0, 0, 5, 5, 14, 14, 17, 17, step=2), model.score(made))

@@ -7,6 +7,7 @@ import torch
 from fastrank import packing
 from fastrank.packing import (
     PackedBatch,
+    Pairs,
     pack_lists,
     pack_pairs,
     plan_batches,
@@ -51,6 +52,23 @@ def test_pairs_are_one_list_and_no_pairs_are_an_empty_one():
     assert pack_lists([]).list_offsets.tolist() == [0]
 
 
+def test_pairs_may_be_any_sequences_of_whole_numbers():
+    wide = np.arange(12, dtype=np.int64)
+    batch = pack_pairs([([3, 1], [0, 1]), ((), ()), (wide[::4], (1, 1, 1)), (np.uint8([9]), np.zeros(1))])
+    assert batch.token_ids.tolist() == [3, 1, 0, 4, 8, 9]
+    assert batch.token_types.tolist() == [0, 1, 1, 1, 1, 0]
+    assert batch.pair_offsets.tolist() == [0, 2, 2, 5, 6]
+    joined = Pairs.join([([3, 1], [0, 1]), (wide[::4], (1, 1, 1))])
+    assert joined.ids.dtype == joined.types.dtype == np.int32
+    assert [(ids.tolist(), types.tolist()) for ids, types in joined] == [([3, 1], [0, 1]), ([0, 4, 8], [1, 1, 1])]
+    for ids in ([2**32 + 7], [1.5], [np.nan]):
+        with pytest.raises(ValueError, match="must be whole numbers of 32 bits, not"):
+            pack_pairs([(ids, [0])])
+    # As many of both in all, so that only the pairs tell.
+    with pytest.raises(ValueError, match="Pair 1 has 1 token ids and 2 token types"):
+        pack_pairs([([1, 2], [0, 0]), ([3], [0, 0]), ([4, 5], [0])])
+
+
 def test_a_batch_made_by_hand_finds_its_longest_pair_and_moves():
     tokens = torch.arange(7)
     batch = PackedBatch(tokens, tokens, tokens, torch.tensor([0, 2, 7], dtype=torch.int32), torch.tensor([0, 2]))
@@ -59,8 +77,9 @@ def test_a_batch_made_by_hand_finds_its_longest_pair_and_moves():
     assert moved.token_ids.is_meta and moved.list_offsets.is_meta and moved.max_pair_tokens == 5
 
 
-def test_offsets_past_32_bits_are_refused():
+def test_offsets_past_32_bits_are_refused(monkeypatch):
     ids = np.broadcast_to(np.int32(0), (2**30,))  # takes no memory
+    monkeypatch.delattr(Pairs, "join")  # which would take 16 GiB
     with pytest.raises(ValueError, match="lower max_batch_tokens"):
         pack_pairs([(ids, ids)] * 2)
 

@@ -210,6 +210,16 @@ def test_a_saturated_sigmoid_makes_no_ties(tiny, tmp_path):
     ]
 
 
+def test_a_sigmoid_has_the_same_bits_wherever_a_score_stands(reranker):
+    """Equal documents tie on the numbers that are shown, too."""
+    scores = np.random.default_rng(0).normal(size=1001).astype(np.float32)
+    together = reranker_module._activate(scores, "sigmoid")
+    assert together.dtype == np.float32
+    assert together.tolist() == [float(reranker_module._activate(scores[i : i + 1], "sigmoid")[0]) for i in range(1001)]
+    shown = reranker.rank("the query", ["zebra"] * 33 + ["the cat"], activation="sigmoid")
+    assert len({item.score for item in shown}) == 2
+
+
 def test_documents_of_every_kind_come_back_untouched(reranker):
     documents = [
         "statins lower cholesterol",

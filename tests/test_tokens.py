@@ -128,6 +128,14 @@ def test_side_limits_cut_before_the_pair_is_truncated(folder, limits):
         assert len(ids) <= 18
 
 
+def test_a_tokenizer_may_have_no_limit(folder):
+    theirs = AutoTokenizer.from_pretrained(folder, model_max_length=10**30)
+    tokenizer = PairTokenizer(theirs, max_query_tokens=10**30, max_document_tokens=10**30)
+    texts = [" ".join(["a"] * 3000), "x"]
+    _assert_pairs_equal(_pairs(tokenizer, texts, texts[::-1]), _expected(theirs, texts, texts[::-1], 10**6))
+    assert tokenizer.max_length == 10**30 and tokenizer.num_truncated == 0
+
+
 def test_truncation_side_left_keeps_the_ends(folder):
     theirs = AutoTokenizer.from_pretrained(folder, truncation_side="left")
     texts = _corpus(seed=4, texts=100)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fastrank import ops
 from fastrank.backend import choose
 
 if TYPE_CHECKING:
@@ -35,9 +36,11 @@ def suits(layers: Sequence[Layer], x: Tensor) -> bool:
 
 
 def infer(layers: Sequence[Layer], x: Tensor, offsets: Tensor) -> Tensor:
-    """What the layers make of x, which is overwritten: the first tokens' vectors, (pairs, hidden)."""
+    """What the layers make of x, which is overwritten: the first tokens' vectors, (pairs, hidden). Raises ValueError
+    for offsets that do not cut it."""
     from fastrank.kernels import encoder_cpu
 
+    ops.check_offsets("offsets", offsets, x)
     *whole, last = layers
     weights = [
         (
@@ -52,7 +55,7 @@ def infer(layers: Sequence[Layer], x: Tensor, offsets: Tensor) -> Tensor:
     ]
     x = x.contiguous()
     attended = encoder_cpu.encode(
-        x, offsets, last.heads[0], weights, last.activation, last.query.frozen, last.key_value.frozen
+        x, offsets.contiguous(), last.heads[0], weights, last.activation, last.query.frozen, last.key_value.frozen
     )
     return last.after_attention(attended, x.index_select(0, offsets[:-1]))
 

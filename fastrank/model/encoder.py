@@ -139,9 +139,9 @@ class Encoder(nn.Module):
     """Embeddings and layers.
 
     precision: of the matrix products. uses_fp8: those of all tokens are in fp8 instead, for inference on a GPU.
-    hidden_dtype: of what lies between them; None for precision on a GPU and that of
-    the weights on a CPU, whose kernels take nothing else. recomputes: a training step keeps only what goes into each
-    layer, and computes the layer again in its backward pass: less memory, the same gradients.
+    hidden_dtype: of what lies between them; None for precision on a GPU and that of the weights on a CPU, whose kernels
+    take nothing else. recomputes: a training step keeps only what goes into each layer, and computes the layer again in
+    its backward pass: less memory, the same gradients.
     """
 
     precision: torch.dtype = torch.float32

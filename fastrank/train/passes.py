@@ -224,9 +224,8 @@ class Update:
         else:
             self._rates.copy_(rates.float().pin_memory(), non_blocking=True)
         self._count += 1
-        if (
-            self._uses_graphs and self._graph is None and self._count > UNRECORDED
-        ):  # the first runs have made the moments
+        # The first runs have made the moments.
+        if self._uses_graphs and self._graph is None and self._count > UNRECORDED:
             try:
                 self._graph, _ = record(self._run, None)
             except RuntimeError as error:  # nothing has run yet

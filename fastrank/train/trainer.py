@@ -219,10 +219,10 @@ class Trainer:
         return loss.detach(), gradient
 
     def _loss(self, scores: Tensor, labels: list[Tensor], num_terms: int | None) -> Tensor:
-        arguments = scores, *send_together((torch.cat(labels), _offsets(labels)), self.device)
-        if num_terms is None:
-            return self.loss(*arguments, **self.loss_options)
-        return self.loss(*arguments, reduction="sum", **self.loss_options) / num_terms
+        arguments = send_together((torch.cat(labels), _offsets(labels)), self.device)
+        if num_terms is None:  # a user's own loss may write into the scores, which autograd forbids in a leaf
+            return self.loss(scores.clone(), *arguments, **self.loss_options)
+        return self.loss(scores, *arguments, reduction="sum", **self.loss_options) / num_terms
 
     def _backward_in_two_passes(
         self, lists, encoded: list[list[Pair]], labels: list[Tensor], num_terms: int | None, number: int, first: int
