@@ -453,18 +453,40 @@ PYBIND11_MODULE(_cpu, m) {
          int num_threads) {
         const fastrank::Kernels& table = kernels();
         if (table.encoder_forward == nullptr) throw std::invalid_argument("this instruction set computes no layers in one call");
+        const auto require = [](bool holds, const char* what) {
+          if (!holds) throw std::invalid_argument(what);
+        };
+        require(x.ndim() == 2 && offsets.ndim() == 1 && offsets.size() > 0, "expected x (tokens, hidden) and offsets (pairs + 1,)");
+        const int64_t hidden = x.shape(1), pairs = offsets.size() - 1;
+        require(num_heads > 0 && hidden % num_heads == 0, "expected heads of equal size");
+        require(hidden / num_heads % 32 == 0 && hidden / num_heads >= 32 && hidden / num_heads <= 128,
+                "expected heads of 32, 64, 96 or 128 columns");
+        require(attended.ndim() == 2 && attended.shape(0) == pairs && attended.shape(1) == hidden, "expected attended (pairs, hidden)");
         const auto weights = [&table](const PackedWeights& packed) { return bf16_weights(packed, table); };
         const auto norm = [](const PackedNorm& packed) {
           return fastrank::LayerNormWeights{std::get<0>(packed).data(), std::get<1>(packed).data(), std::get<2>(packed)};
         };
         std::vector<fastrank::EncoderLayer> all;
-        for (const auto& [qkv, output, attention_norm, up, down, last_norm] : layers)
+        const auto require_shape = [&](const fastrank::LinearWeights& one, int64_t columns, int64_t depth) {
+          require(one.columns == columns && one.depth == depth, "expected weights that fit the hidden size and each other");
+        };
+        for (const auto& [qkv, output, attention_norm, up, down, last_norm] : layers) {
           all.push_back({weights(qkv), weights(output), norm(attention_norm), weights(up), weights(down), norm(last_norm)});
+          const fastrank::EncoderLayer& layer = all.back();
+          require_shape(layer.qkv, 3 * hidden, hidden);
+          require_shape(layer.attention_output, hidden, hidden);
+          require_shape(layer.up, layer.up.columns, hidden);
+          require_shape(layer.down, hidden, layer.up.columns);
+          for (const PackedNorm* one : {&attention_norm, &last_norm})
+            require(std::get<0>(*one).size() == hidden && std::get<1>(*one).size() == hidden, "expected norms of the hidden size");
+        }
+        require_shape(weights(query), hidden, hidden);
+        require_shape(weights(key_value), 2 * hidden, hidden);
         const fastrank::EncoderForward arguments{x.mutable_data(),
                                                  offsets.data(),
-                                                 offsets.size() - 1,
+                                                 pairs,
                                                  num_heads,
-                                                 x.shape(1) / num_heads,
+                                                 hidden / num_heads,
                                                  scale,
                                                  all.data(),
                                                  int64_t(all.size()),

@@ -56,7 +56,7 @@ def graphs_of(model, inputs, *, off_by=0.0) -> _Recorded:
     return _Recorded(Graph(forward), Graph(backward), inputs, scores, slopes)
 
 
-@pytest.mark.parametrize("off_by", [0.0, 0.2, float("nan")])
+@pytest.mark.parametrize("off_by", [0.0, 0.2, float("nan"), "no memory"])
 def test_graphs_are_compared_with_what_they_record(off_by, tmp_path, monkeypatch):
     """The steps of a bucket go on right whether its graphs are right, wrong, or cannot be recorded; and what a step had
     added to the gradients before stays there."""
@@ -66,9 +66,11 @@ def test_graphs_are_compared_with_what_they_record(off_by, tmp_path, monkeypatch
     passes._fills = passes.uses_graphs = passes._keeps_gradients = True
     recorded = []
 
-    def record(filled):
-        recorded.append(graphs_of(model, filled, off_by=off_by))
-        return recorded[-1]
+    def record(inputs):
+        recorded.append(None)
+        if off_by == "no memory":
+            raise torch.cuda.OutOfMemoryError
+        return graphs_of(model, inputs, off_by=off_by)
 
     monkeypatch.setattr(passes, "_record", record)
     monkeypatch.setattr(PackedBatch, "copy_to", lambda self, other: None)  # always the same batch here
@@ -81,8 +83,11 @@ def test_graphs_are_compared_with_what_they_record(off_by, tmp_path, monkeypatch
                 scores, go_back = passes.forward(batch, seed)
                 go_back(torch.linspace(-1, 1, len(pairs)))
             steps.append([scores, *(one.grad.clone() for one in model.parameters())])
-    assert len(recorded) == 1 and passes.uses_graphs == (off_by == 0)
-    assert [str(one.message)[:39] for one in told] == ["Training goes on without CUDA graphs: g"] * (off_by != 0)
+    sentence = (
+        "There is no memory for a CUDA graph" if off_by == "no memory" else "Training goes on without CUDA graphs: g"
+    )
+    assert len(recorded) == 1 and passes.uses_graphs == (off_by in (0, "no memory"))
+    assert [str(one.message)[: len(sentence)] for one in told] == [sentence] * (off_by != 0)
     for step in steps[1:]:
         assert all(torch.allclose(one, first, rtol=1e-4, atol=1e-6) for one, first in zip(step, steps[0], strict=True))
     go_back = passes.forward(batch, 1)[1]

@@ -141,26 +141,38 @@ class Passes:
             scores.backward(slopes)
 
     def _try_to_record(self, bucket: Bucket, filled: PackedBatch, seed: int) -> None:
-        """Records a bucket, and compares it with what it is a record of; where that fails, graphs are given up."""
+        """Records a bucket, and compares it with what it is a record of; where they differ, graphs are given up."""
         if len(self._recorded) >= MOST_GRAPHS:
             return
         kept = []
         try:
             kept += (one.grad.clone() for one in self._learning)
             with torch.enable_grad():
-                recorded = self._record(filled)
-                apart = self._compare(recorded, seed)
+                inputs = filled.to(self._device)
+                slopes = torch.linspace(-1, 1, filled.num_pairs, device=self._device)
+                # First, so that the memory of a pass and that of a graph are not needed at once.
+                exact = self._pass(inputs, slopes, seed)
+                recorded = self._record(inputs)
+                apart = self._compare(recorded, slopes, seed, exact)
             if not apart < FURTHEST_APART:  # NaN is not
                 raise RuntimeError(f"gradients by a graph are off by {apart:.2g}")
             self._recorded[bucket] = recorded
-        except RuntimeError as error:  # also where there is no memory left: a graph's is its own
+        except torch.cuda.OutOfMemoryError:
+            self._met[bucket] = -(2**62)  # it is not tried again
+            warnings.warn(f"There is no memory for a CUDA graph of {bucket.num_tokens} tokens.", stacklevel=2)
+        except RuntimeError as error:
             self.uses_graphs, self._recorded = False, {}
             warnings.warn(f"Training goes on without CUDA graphs: {error}", stacklevel=2)
         for one, gradient in zip(self._learning, kept, strict=False):  # fewer where there was no memory for them
             one.grad.copy_(gradient)
 
-    def _record(self, filled: PackedBatch) -> _Recorded:
-        inputs = filled.to(self._device)
+    def _pass(self, inputs: PackedBatch, slopes: Tensor, seed: int) -> list[Tensor]:
+        """Scores and the gradients of all weights."""
+        torch.manual_seed(seed)
+        scores = self._model.score(inputs)
+        return [scores.detach(), *torch.autograd.grad(scores, self._learning, slopes)]
+
+    def _record(self, inputs: PackedBatch) -> _Recorded:
         gradients = [one.grad for one in self._learning]
 
         def both() -> None:
@@ -179,20 +191,17 @@ class Passes:
         backward, _ = record(go_back, self._pool)
         return _Recorded(forward, backward, inputs, scores.detach(), slopes)
 
-    def _compare(self, recorded: _Recorded, seed: int) -> float:
-        """How far the gradients by a graph are from those without, relative to their norm."""
+    def _compare(self, recorded: _Recorded, slopes: Tensor, seed: int, exact: list[Tensor]) -> float:
+        """How far the scores and gradients by a graph are from those of _pass(), relative to their norm."""
         gradients = [one.grad for one in self._learning]
         torch._foreach_zero_(gradients)
-        recorded.slopes.copy_(torch.linspace(-1, 1, len(recorded.slopes), device=self._device))
+        recorded.slopes.copy_(slopes)
         torch.manual_seed(seed)
         recorded.forward.replay()
         recorded.backward.replay()
-        torch.manual_seed(seed)
-        scores = self._model.score(recorded.inputs)
-        exact = torch.autograd.grad(scores, self._learning, recorded.slopes)
-        torch._foreach_sub_(gradients, exact)
-        differences = [*gradients, scores.detach() - recorded.scores]
-        apart, size = (torch.stack(torch._foreach_norm(tensors)).norm() for tensors in (differences, exact))
+        found = [recorded.scores.clone(), *gradients]
+        torch._foreach_sub_(found, exact)
+        apart, size = (torch.stack(torch._foreach_norm(tensors)).norm() for tensors in (found, exact))
         return float(apart / size)
 
 

@@ -117,13 +117,14 @@ class Trainer:
         self._reranker = Reranker.from_parts(self.model, self.tokenizer, max_batch_tokens=self.max_batch_tokens)
 
     def _default_max_batch_tokens(self) -> int:
-        """On a GPU as many as half of its memory takes beside weights, gradients and moments."""
+        """On a GPU as many as a third of its memory takes beside weights, gradients and moments: graphs hold as much as
+        their largest pass, and beside them a pass without one must have room."""
         if self.device.type != "cuda":
             return DEFAULT_MAX_BATCH_TOKENS
         learned = 16 * sum(one.numel() for one in self.model.parameters())
         memory = torch.cuda.get_device_properties(self.device).total_memory - learned
         size = 4 if self.precision == "float32" else 2
-        return fitting_tokens(memory // 2, self.model.settings, size, recomputes=self.config.gradient_checkpointing)
+        return fitting_tokens(memory // 3, self.model.settings, size, recomputes=self.config.gradient_checkpointing)
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         config = self.config
