@@ -13,6 +13,7 @@ from fastrank import _cpu, ops
 from fastrank.checkpoint import load_model
 from fastrank.kernels import encoder_cpu
 from fastrank.kernels.linear import reference
+from fastrank.kernels.linear.cpu import pack
 from fastrank.kernels.linear.weights import LinearWeights
 from fastrank.packing import PackedBatch, pack_pairs
 
@@ -186,3 +187,39 @@ def test_offsets_that_reach_into_foreign_memory_are_refused(tmp_path):
         with pytest.raises(ValueError, match=message):
             score(*offsets)
     assert torch.equal(score(0, 0, 5, 5, 14, 14, 17, 17, step=2), model.score(made))
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"num_heads": 0}, "heads of equal size"),
+        ({"num_heads": 5}, "heads of equal size"),
+        ({"num_heads": 8}, "heads of 32, 64, 96 or 128 columns"),
+        ({"offsets": torch.zeros(0, dtype=torch.int32)}, r"offsets \(pairs \+ 1,\)"),
+        ({"attended": torch.empty(2, 64)}, r"attended \(pairs, hidden\)"),
+        ({"hidden": 32}, "weights that fit the hidden size"),
+        ({"norm": torch.ones(63)}, "norms of the hidden size"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(changed, sentence):
+    layers, query, key_value = make(changed.get("hidden", 64), 96)
+    if "norm" in changed:
+        layers = [(*layer[:5], (changed["norm"], *layer[5][1:])) for layer in layers]
+    packed = [tuple(pack(one) if isinstance(one, LinearWeights) else _numpy(one) for one in layer) for layer in layers]
+    with pytest.raises(ValueError, match=sentence):
+        _cpu.encoder_forward(
+            torch.zeros(3, 64).numpy(),
+            changed.get("offsets", torch.tensor([0, 3], dtype=torch.int32)).numpy(),
+            changed.get("num_heads", 2),
+            1.0,
+            packed,
+            "gelu",
+            pack(query),
+            pack(key_value),
+            changed.get("attended", torch.empty(1, 64)).numpy(),
+            1,
+        )
+
+
+def _numpy(norm: tuple) -> tuple:
+    return norm[0].numpy(), norm[1].numpy(), norm[2]
