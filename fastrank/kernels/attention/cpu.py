@@ -1,4 +1,5 @@
-"""Packed attention in C++ (csrc/attention.cpp): CPU tensors of float32 or bf16, computed in float32; q, k and v are read in place from strided views.
+"""Packed attention in C++ (csrc/attention.cpp): CPU tensors of float32 or bf16, computed in float32; q, k and v are
+read in place from strided views.
 
 Saved for the backward are the inputs and two numbers for each query and head, from which the very probabilities of the
 forward are computed again.
