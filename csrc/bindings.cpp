@@ -305,7 +305,8 @@ void define_hidden_states(py::module_& m) {
   m.def(
       "attention_forward",
       [](const HeadsArray<Value>& q, const HeadsArray<Value>& k, const HeadsArray<Value>& v,
-         const std::vector<Array<int32_t>>& segments, float scale, MaybeHeads<Value> out, MaybeFloats maxima, MaybeFloats inverse_sums, int num_threads) {
+         const std::vector<Array<int32_t>>& segments, float scale, MaybeHeads<Value> out, MaybeFloats maxima,
+         MaybeFloats inverse_sums, int num_threads) {
         const fastrank::AttentionForward<Value> arguments{attention_shape(q, segments, scale, num_threads),
                                                           heads_in(q),
                                                           heads_in(k),
