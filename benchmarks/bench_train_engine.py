@@ -6,7 +6,7 @@ import functools
 import itertools
 
 import pytest
-from baselines import PaddedTrainer, padded_contenders
+from baselines import DTYPES, PaddedTrainer, padded_contenders, refusal
 from timing import CLOCK, Comparison, Contender
 from workloads import checkpoint, ranking_lists
 
@@ -16,7 +16,7 @@ from fastrank.train.trainer import Trainer
 MAX_LENGTH = 256
 # A step in bf16 rounds; float32 must agree far closer.
 TOLERANCE = {"float32": 1e-4, "bf16": 0.1}
-NAMES = ["fastrank float32", "transformers float32", "transformers bf16"]
+NAMES = ["fastrank float32", "fastrank bf16", "transformers float32", "transformers bf16"]
 
 
 @pytest.fixture(scope="module")
@@ -32,22 +32,24 @@ def comparison(full, tmp_path_factory) -> Comparison:
 
         return compare
 
-    config = TrainConfig(
-        model=str(folder),
-        train_data=lists,
-        output_dir=str(tmp_path_factory.mktemp("train")),
-        loss="ranknet",
-        per_device_train_batch_size=len(lists),
-        max_length=MAX_LENGTH,
-        dropout=0.0,
-    )
-    trainer = Trainer(config)
-    steps = itertools.count()
-    contenders = [
-        Contender(
-            "fastrank float32", lambda: trainer.step(lists, next(steps)), num_pairs, ours=True, check=check("float32")
+    def contender(dtype):
+        name = f"fastrank {dtype}"
+        if reason := refusal(dtype):
+            return Contender(name, lambda: None, num_pairs, ours=True, failure=reason)
+        config = TrainConfig(
+            model=str(folder),
+            train_data=lists,
+            output_dir=str(tmp_path_factory.mktemp("train")),
+            loss="ranknet",
+            per_device_train_batch_size=len(lists),
+            max_length=MAX_LENGTH,
+            dropout=0.0,
+            precision=dtype,
         )
-    ]
+        trainer, steps = Trainer(config), itertools.count()
+        return Contender(name, lambda: trainer.step(lists, next(steps)), num_pairs, ours=True, check=check(dtype))
+
+    contenders = [contender(dtype) for dtype in DTYPES]
     notes = [
         f"one step of {len(lists)} lists, {num_pairs} pairs of {source}, MiniLM-L6, RankNet, from strings, no dropout"
     ]

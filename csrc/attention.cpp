@@ -53,16 +53,19 @@ void for_each_task(const AttentionShape& shape, const Body& body) {
   });
 }
 
-inline const float* at(const ConstHeads& heads, int64_t row, int64_t head) {
+template <class Value>
+inline const Value* at(const ConstHeads<Value>& heads, int64_t row, int64_t head) {
   return heads.data + row * heads.row_stride + head * heads.head_stride;
 }
-inline float* at(const Heads& heads, int64_t row, int64_t head) {
+template <class Value>
+inline Value* at(const Heads<Value>& heads, int64_t row, int64_t head) {
   return heads.data + row * heads.row_stride + head * heads.head_stride;
 }
 
-void clear(const Heads& heads, int64_t begin, int64_t rows, int64_t head, int64_t head_dim) {
+template <class Value>
+void clear(const Heads<Value>& heads, int64_t begin, int64_t rows, int64_t head, int64_t head_dim) {
   if (heads.data != nullptr)
-    for (int64_t row = begin; row < begin + rows; ++row) std::fill_n(at(heads, row, head), head_dim, 0.f);
+    for (int64_t row = begin; row < begin + rows; ++row) std::fill_n(at(heads, row, head), head_dim, Value{});
 }
 
 // Calls body(height as a constant, first row, rows left) for tiles of TALL and SHORT rows.
@@ -78,17 +81,19 @@ FASTRANK_INLINE void for_tiles(int64_t rows, const Body& body) {
   }
 }
 
-void forward_task(const AttentionForward& arguments, const Task& task) {
+template <class Value>
+void forward_task(const AttentionForward<Value>& arguments, const Task& task) {
   const int64_t head_dim = arguments.shape.head_dim, keys = task.keys, head = task.head;
   if (task.queries == 0) return;
   if (keys == 0) return clear(arguments.out, task.query_begin, task.queries, head, head_dim);
   const int64_t key_vectors = round_up(keys, LANES) / LANES, padded_dim = round_up(head_dim, LANES);
   const int64_t stride = key_vectors * LANES + 16;  // one cache line apart from a power of two
 
-  Scratch scratch(columns_floats(keys, head_dim) + keys * padded_dim + TALL * stride + 64);
+  Scratch scratch(columns_floats(keys, head_dim) + keys * padded_dim + TALL * (stride + padded_dim) + 64);
   float* const packed_keys = scratch.take(columns_floats(keys, head_dim));
   float* const packed_values = scratch.take(keys * padded_dim);
   float* const scores = scratch.take(TALL * stride);
+  float* const query_rows = scratch.take(TALL * padded_dim);
   pack_columns(at(arguments.k, task.key_begin, head), arguments.k.row_stride, keys, head_dim, packed_keys);
   pack_rows(at(arguments.v, task.key_begin, head), arguments.v.row_stride, keys, head_dim, packed_values);
   const vint valid = valid_lanes(keys);
@@ -96,8 +101,13 @@ void forward_task(const AttentionForward& arguments, const Task& task) {
   for_tiles(task.queries, [&](auto height, int64_t row, int64_t count) {
     constexpr int ROWS = decltype(height)::value;
     const int64_t query = task.query_begin + row;
-    const RowPointers<ROWS> left(at(arguments.q, query, head), arguments.q.row_stride, count);
-    multiply_columns(left, head_dim, packed_keys, key_vectors, arguments.shape.scale, scores, stride);
+    const auto left = [&] {
+      if constexpr (std::is_same_v<Value, float>)
+        return RowPointers<ROWS>(at(arguments.q, query, head), arguments.q.row_stride, count);
+      pack_rows(at(arguments.q, query, head), arguments.q.row_stride, count, head_dim, query_rows);
+      return RowPointers<ROWS>(query_rows, padded_dim, count);
+    };
+    multiply_columns(left(), head_dim, packed_keys, key_vectors, arguments.shape.scale, scores, stride);
 
     // A phase at a time over all rows: the reductions of one row overlap with those of the next.
     float maxima[ROWS], inverse_sums[ROWS];
@@ -130,7 +140,8 @@ void forward_task(const AttentionForward& arguments, const Task& task) {
   });
 }
 
-void backward_task(const AttentionBackward& arguments, const Task& task) {
+template <class Value>
+void backward_task(const AttentionBackward<Value>& arguments, const Task& task) {
   const int64_t head_dim = arguments.shape.head_dim, keys = task.keys, head = task.head;
   if (keys == 0) return clear(arguments.dq, task.query_begin, task.queries, head, head_dim);
   if (task.queries == 0) {
@@ -200,7 +211,7 @@ void backward_task(const AttentionBackward& arguments, const Task& task) {
     if (arguments.dk.data != nullptr) add_outer_products(ds, stride, rows, query_rows, dim_vectors, dk_sums, keys, block == 0);
   }
 
-  const auto write = [&](const Heads& target, const float* sums, float scale) {
+  const auto write = [&](const Heads<Value>& target, const float* sums, float scale) {
     if (target.data == nullptr) return;
     for (int64_t key = 0; key < keys; ++key, sums += padded_dim)
       for (int64_t column = 0; column < head_dim; column += LANES)
@@ -212,11 +223,17 @@ void backward_task(const AttentionBackward& arguments, const Task& task) {
 
 }  // namespace
 
-void attention_forward(const AttentionForward& arguments) {
+void attention_forward(const AttentionForward<float>& arguments) {
+  for_each_task(arguments.shape, [&](const Task& task) { forward_task(arguments, task); });
+}
+void attention_forward(const AttentionForward<Bf16>& arguments) {
   for_each_task(arguments.shape, [&](const Task& task) { forward_task(arguments, task); });
 }
 
-void attention_backward(const AttentionBackward& arguments) {
+void attention_backward(const AttentionBackward<float>& arguments) {
+  for_each_task(arguments.shape, [&](const Task& task) { backward_task(arguments, task); });
+}
+void attention_backward(const AttentionBackward<Bf16>& arguments) {
   for_each_task(arguments.shape, [&](const Task& task) { backward_task(arguments, task); });
 }
 

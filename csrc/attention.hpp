@@ -4,15 +4,19 @@
 
 #include <cstdint>
 
+#include "bf16.hpp"
+
 namespace fastrank {
 
-// float matrices (rows, heads, head_dim) whose last dimension is contiguous; strides in floats.
+// Matrices (rows, heads, head_dim) of float32 or bf16 whose last dimension is contiguous; strides in numbers.
+template <class Value>
 struct ConstHeads {
-  const float* data;
+  const Value* data;
   int64_t row_stride, head_stride;
 };
+template <class Value>
 struct Heads {
-  float* data;  // null where it is not wanted
+  Value* data;  // null where it is not wanted
   int64_t row_stride, head_stride;
 };
 
@@ -34,24 +38,28 @@ struct SoftmaxStatistics {
   float *maxima, *inverse_sums;
 };
 
+template <class Value>
 struct AttentionForward {
   AttentionShape shape;
-  ConstHeads q, k, v;
-  Heads out;
+  ConstHeads<Value> q, k, v;
+  Heads<Value> out;
   SoftmaxStatistics statistics;
 };
 
+template <class Value>
 struct AttentionBackward {
   AttentionShape shape;
-  ConstHeads q, k, v, dout;
+  ConstHeads<Value> q, k, v, dout;
   SoftmaxStatistics statistics;
-  Heads dq, dk, dv;
+  Heads<Value> dq, dk, dv;
 };
 
 #ifdef FASTRANK_ISA
 namespace FASTRANK_ISA {
-void attention_forward(const AttentionForward& arguments);
-void attention_backward(const AttentionBackward& arguments);
+void attention_forward(const AttentionForward<float>& arguments);
+void attention_forward(const AttentionForward<Bf16>& arguments);
+void attention_backward(const AttentionBackward<float>& arguments);
+void attention_backward(const AttentionBackward<Bf16>& arguments);
 }  // namespace FASTRANK_ISA
 #endif
 

@@ -26,6 +26,15 @@
 
 namespace py = pybind11;
 
+// numpy has no bf16: its bits come as int16.
+namespace pybind11::detail {
+template <>
+struct npy_format_descriptor<fastrank::Bf16> {
+  static constexpr auto name = const_name("numpy.int16");
+  static pybind11::dtype dtype() { return pybind11::dtype::of<int16_t>(); }
+};
+}  // namespace pybind11::detail
+
 namespace {
 
 // Contiguous and of exactly this type, or a TypeError: a silent conversion would write into a copy.
@@ -103,27 +112,41 @@ const fastrank::Kernels& kernels() {
 }
 
 // A matrix (rows, heads, head_dim) that may be strided in all but the last dimension.
-using HeadsArray = py::array_t<float, 0>;
-using MaybeHeads = std::optional<HeadsArray>;
-using MaybeFloats = std::optional<Array<float>>;
+template <class Value>
+using HeadsArray = py::array_t<Value, 0>;
+template <class Value>
+using MaybeHeads = std::optional<HeadsArray<Value>>;
+template <class Value>
+using MaybeArray = std::optional<Array<Value>>;
+using MaybeFloats = MaybeArray<float>;
 
-void check_heads(const HeadsArray& array) {
-  if (array.ndim() != 3 || (array.size() > 0 && array.shape(2) > 1 && array.strides(2) != sizeof(float)))
+template <class Value>
+void check_heads(const HeadsArray<Value>& array) {
+  if (array.ndim() != 3 || (array.size() > 0 && array.shape(2) > 1 && array.strides(2) != sizeof(Value)))
     throw std::invalid_argument("expected an array (rows, heads, head_dim) whose last dimension is contiguous");
 }
-fastrank::ConstHeads heads_in(const HeadsArray& array) {
+template <class Value>
+fastrank::ConstHeads<Value> heads_in(const HeadsArray<Value>& array) {
   check_heads(array);
-  return {array.data(), int64_t(array.strides(0) / sizeof(float)), int64_t(array.strides(1) / sizeof(float))};
+  return {array.data(), int64_t(array.strides(0) / sizeof(Value)), int64_t(array.strides(1) / sizeof(Value))};
 }
-fastrank::Heads heads_out(MaybeHeads& array) {
+template <class Value>
+fastrank::Heads<Value> heads_out(MaybeHeads<Value>& array) {
   if (!array) return {nullptr, 0, 0};
   check_heads(*array);
-  return {array->mutable_data(), int64_t(array->strides(0) / sizeof(float)), int64_t(array->strides(1) / sizeof(float))};
+  return {array->mutable_data(), int64_t(array->strides(0) / sizeof(Value)), int64_t(array->strides(1) / sizeof(Value))};
 }
-const float* read(const MaybeFloats& array) { return array ? array->data() : nullptr; }
-float* write(MaybeFloats& array) { return array ? array->mutable_data() : nullptr; }
+template <class Value>
+const Value* read(const MaybeArray<Value>& array) {
+  return array ? array->data() : nullptr;
+}
+template <class Value>
+Value* write(MaybeArray<Value>& array) {
+  return array ? array->mutable_data() : nullptr;
+}
 
-fastrank::AttentionShape attention_shape(const HeadsArray& q, const std::vector<Array<int32_t>>& segments, float scale,
+template <class Value>
+fastrank::AttentionShape attention_shape(const HeadsArray<Value>& q, const std::vector<Array<int32_t>>& segments, float scale,
                                          int num_threads) {
   if (segments.size() != 4) throw std::invalid_argument("expected the begins and ends of queries and of keys");
   return {segments[0].size(), q.shape(1), q.shape(2), q.shape(0), {segments[0].data(), segments[1].data()},
@@ -276,30 +299,20 @@ void define_wordpiece(py::module_& m) {
           py::arg("texts"), py::arg("enough"), py::arg("num_threads"));
 }
 
-}  // namespace
-
-PYBIND11_MODULE(_cpu, m) {
-  m.doc() = "C++ kernels of fastrank; use them through fastrank.ops.";
-  m.def("isa", [] { return std::string(kernels().isa); }, "The instruction set in use: plain, avx2, avx512 or amx.");
-  m.def("multiplies_bf16", [] { return kernels().multiplies_bf16; },
-        "Whether the instruction set in use has an instruction for products of bf16.");
-  m.def("multiplies_in_tiles", [] { return kernels().multiplies_in_tiles; },
-        "Whether the instruction set in use multiplies bf16 in matrix units.");
-  m.def(
-      "supported_isas",
-      [] {
-        std::vector<std::string> names;
-        for (const auto* table : supported()) names.emplace_back(table->isa);
-        return names;
-      },
-      "Every instruction set that this build and this processor offer, the fastest first.");
-
+// Operations on hidden states, under the same names for float32 and bf16 (Value).
+template <class Value>
+void define_hidden_states(py::module_& m) {
   m.def(
       "attention_forward",
-      [](const HeadsArray& q, const HeadsArray& k, const HeadsArray& v, const std::vector<Array<int32_t>>& segments, float scale,
-         MaybeHeads out, MaybeFloats maxima, MaybeFloats inverse_sums, int num_threads) {
-        const fastrank::AttentionForward arguments{attention_shape(q, segments, scale, num_threads), heads_in(q), heads_in(k),
-                                                   heads_in(v), heads_out(out), {write(maxima), write(inverse_sums)}};
+      [](const HeadsArray<Value>& q, const HeadsArray<Value>& k, const HeadsArray<Value>& v,
+         const std::vector<Array<int32_t>>& segments, float scale, MaybeHeads<Value> out, MaybeFloats maxima,
+         MaybeFloats inverse_sums, int num_threads) {
+        const fastrank::AttentionForward<Value> arguments{attention_shape(q, segments, scale, num_threads),
+                                                          heads_in(q),
+                                                          heads_in(k),
+                                                          heads_in(v),
+                                                          heads_out(out),
+                                                          {write(maxima), write(inverse_sums)}};
         const auto kernel = kernels().attention_forward;
         py::gil_scoped_release released;
         kernel(arguments);
@@ -310,10 +323,10 @@ PYBIND11_MODULE(_cpu, m) {
       py::arg("num_threads"));
   m.def(
       "attention_backward",
-      [](const HeadsArray& q, const HeadsArray& k, const HeadsArray& v, const std::vector<Array<int32_t>>& segments, float scale,
-         const HeadsArray& dout, Array<float> maxima, Array<float> inverse_sums, MaybeHeads dq, MaybeHeads dk, MaybeHeads dv,
-         int num_threads) {
-        const fastrank::AttentionBackward arguments{attention_shape(q, segments, scale, num_threads),
+      [](const HeadsArray<Value>& q, const HeadsArray<Value>& k, const HeadsArray<Value>& v,
+         const std::vector<Array<int32_t>>& segments, float scale, const HeadsArray<Value>& dout, Array<float> maxima,
+         Array<float> inverse_sums, MaybeHeads<Value> dq, MaybeHeads<Value> dk, MaybeHeads<Value> dv, int num_threads) {
+        const fastrank::AttentionBackward<Value> arguments{attention_shape(q, segments, scale, num_threads),
                                                     heads_in(q),
                                                     heads_in(k),
                                                     heads_in(v),
@@ -332,8 +345,8 @@ PYBIND11_MODULE(_cpu, m) {
       py::arg("num_threads"));
   m.def(
       "gelu_forward",
-      [](const Array<float>& x, const Array<float>& bias, bool tanh_form, Array<float> out, int num_threads) {
-        const fastrank::GeluForward arguments{x.data(),   bias.data(), out.mutable_data(), x.shape(0),
+      [](const Array<Value>& x, const Array<float>& bias, bool tanh_form, Array<Value> out, int num_threads) {
+        const fastrank::GeluForward<Value> arguments{x.data(),   bias.data(), out.mutable_data(), x.shape(0),
                                               x.shape(1), tanh_form,   num_threads};
         const auto kernel = kernels().gelu_forward;
         py::gil_scoped_release released;
@@ -343,9 +356,9 @@ PYBIND11_MODULE(_cpu, m) {
       py::arg("out").noconvert(), py::arg("num_threads"));
   m.def(
       "gelu_backward",
-      [](const Array<float>& x, const Array<float>& bias, bool tanh_form, const Array<float>& dout, Array<float> dx,
+      [](const Array<Value>& x, const Array<float>& bias, bool tanh_form, const Array<Value>& dout, Array<Value> dx,
          MaybeFloats dbias, int num_threads) {
-        const fastrank::GeluBackward arguments{x.data(),     bias.data(), dout.data(), dx.mutable_data(),
+        const fastrank::GeluBackward<Value> arguments{x.data(),     bias.data(), dout.data(), dx.mutable_data(),
                                                write(dbias), x.shape(0),  x.shape(1),  tanh_form,
                                                num_threads};
         const auto kernel = kernels().gelu_backward;
@@ -357,9 +370,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "embedding_norm_forward",
       [](const std::vector<Array<int64_t>>& ids, const std::vector<Array<float>>& tables, const Array<float>& weight,
-         const Array<float>& bias, float eps, Array<float> out, int num_threads) {
+         const Array<float>& bias, float eps, Array<Value> out, int num_threads) {
         if (ids.size() != 3 || tables.size() != 3) throw std::invalid_argument("expected the ids and tables of three vectors");
-        fastrank::EmbeddingNormForward arguments{out.shape(0), out.shape(1), {}, {}, weight.data(), bias.data(), eps,
+        fastrank::EmbeddingNormForward<Value> arguments{out.shape(0), out.shape(1), {}, {}, weight.data(), bias.data(), eps,
                                                  out.mutable_data(), num_threads};
         for (int table = 0; table < 3; ++table) {
           arguments.ids[table] = ids[table].data(), arguments.tables[table] = tables[table].data();
@@ -378,9 +391,9 @@ PYBIND11_MODULE(_cpu, m) {
       py::arg("out").noconvert(), py::arg("num_threads"));
   m.def(
       "layer_norm_forward",
-      [](const Array<float>& x, const MaybeFloats& residual, const Array<float>& weight, const Array<float>& bias, float eps,
-         Array<float> out, MaybeFloats means, MaybeFloats inverse_deviations, int num_threads) {
-        const fastrank::LayerNormForward arguments{x.shape(0),     x.shape(1),  x.data(), read(residual),
+      [](const Array<Value>& x, const MaybeArray<Value>& residual, const Array<float>& weight, const Array<float>& bias,
+         float eps, Array<Value> out, MaybeFloats means, MaybeFloats inverse_deviations, int num_threads) {
+        const fastrank::LayerNormForward<Value> arguments{x.shape(0),     x.shape(1),  x.data(), read(residual),
                                                    weight.data(),  bias.data(), eps,      out.mutable_data(),
                                                    write(means),   write(inverse_deviations), num_threads};
         const auto kernel = kernels().layer_norm_forward;
@@ -392,10 +405,10 @@ PYBIND11_MODULE(_cpu, m) {
       py::arg("means").noconvert(), py::arg("inverse_deviations").noconvert(), py::arg("num_threads"));
   m.def(
       "layer_norm_backward",
-      [](const Array<float>& dout, const Array<float>& x, const MaybeFloats& residual, const Array<float>& weight,
-         const Array<float>& means, const Array<float>& inverse_deviations, Array<float> dx, MaybeFloats dweight,
+      [](const Array<Value>& dout, const Array<Value>& x, const MaybeArray<Value>& residual, const Array<float>& weight,
+         const Array<float>& means, const Array<float>& inverse_deviations, Array<Value> dx, MaybeFloats dweight,
          MaybeFloats dbias, int num_threads) {
-        const fastrank::LayerNormBackward arguments{x.shape(0),    x.shape(1),   dout.data(),
+        const fastrank::LayerNormBackward<Value> arguments{x.shape(0),    x.shape(1),   dout.data(),
                                                     x.data(),      read(residual), weight.data(),
                                                     means.data(),  inverse_deviations.data(), dx.mutable_data(),
                                                     write(dweight), write(dbias), num_threads};
@@ -407,6 +420,28 @@ PYBIND11_MODULE(_cpu, m) {
       py::arg("x").noconvert(), py::arg("residual").noconvert(), py::arg("weight").noconvert(), py::arg("means").noconvert(),
       py::arg("inverse_deviations").noconvert(), py::arg("dx").noconvert(), py::arg("dweight").noconvert(),
       py::arg("dbias").noconvert(), py::arg("num_threads"));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  m.doc() = "C++ kernels of fastrank; use them through fastrank.ops.";
+  m.def("isa", [] { return std::string(kernels().isa); }, "The instruction set in use: plain, avx2, avx512 or amx.");
+  m.def("multiplies_bf16", [] { return kernels().multiplies_bf16; },
+        "Whether the instruction set in use has an instruction for products of bf16.");
+  m.def("multiplies_in_tiles", [] { return kernels().multiplies_in_tiles; },
+        "Whether the instruction set in use multiplies bf16 in matrix units.");
+  m.def(
+      "supported_isas",
+      [] {
+        std::vector<std::string> names;
+        for (const auto* table : supported()) names.emplace_back(table->isa);
+        return names;
+      },
+      "Every instruction set that this build and this processor offer, the fastest first.");
+
+  define_hidden_states<float>(m);
+  define_hidden_states<fastrank::Bf16>(m);
 
   m.def(
       "linear_layout",

@@ -20,14 +20,14 @@ inline vfloat gelu_value(vfloat x) {
   return TANH ? gelu_tanh(x).value : gelu_erf_value(x);
 }
 
-template <bool TANH>
-void forward(const GeluForward& a) {
+template <bool TANH, class Value>
+void forward(const GeluForward<Value>& a) {
   const int64_t tasks = (a.rows + ROWS_PER_TASK - 1) / ROWS_PER_TASK;
   parallel_for(tasks, a.num_threads, [&](int64_t task) {
     const int64_t end = std::min(a.rows, (task + 1) * ROWS_PER_TASK);
     for (int64_t row = task * ROWS_PER_TASK; row < end; ++row) {
-      const float* x = a.x + row * a.columns;
-      float* out = a.out + row * a.columns;
+      const Value* x = a.x + row * a.columns;
+      Value* out = a.out + row * a.columns;
       int64_t j = 0;
       for (; j + LANES <= a.columns; j += LANES) store(out + j, gelu_value<TANH>(load(x + j) + load(a.bias + j)));
       if (const int64_t rest = a.columns - j)
@@ -36,17 +36,17 @@ void forward(const GeluForward& a) {
   });
 }
 
-template <bool TANH>
-void backward(const GeluBackward& a) {
+template <bool TANH, class Value>
+void backward(const GeluBackward<Value>& a) {
   const int64_t tasks = (a.rows + ROWS_PER_TASK - 1) / ROWS_PER_TASK;
   std::vector<float> partial(a.dbias ? tasks * a.columns : 0);
   parallel_for(tasks, a.num_threads, [&](int64_t task) {
     const int64_t end = std::min(a.rows, (task + 1) * ROWS_PER_TASK);
     float* sums = a.dbias ? partial.data() + task * a.columns : nullptr;
     for (int64_t row = task * ROWS_PER_TASK; row < end; ++row) {
-      const float* x = a.x + row * a.columns;
-      const float* dout = a.dout + row * a.columns;
-      float* dx = a.dx + row * a.columns;
+      const Value* x = a.x + row * a.columns;
+      const Value* dout = a.dout + row * a.columns;
+      Value* dx = a.dx + row * a.columns;
       int64_t j = 0;
       for (; j + LANES <= a.columns; j += LANES) {
         const vfloat slope = load(dout + j) * gelu<TANH>(load(x + j) + load(a.bias + j)).slope;
@@ -75,7 +75,9 @@ void backward(const GeluBackward& a) {
 
 }  // namespace
 
-void gelu_forward(const GeluForward& a) { a.tanh_form ? forward<true>(a) : forward<false>(a); }
-void gelu_backward(const GeluBackward& a) { a.tanh_form ? backward<true>(a) : backward<false>(a); }
+void gelu_forward(const GeluForward<float>& a) { a.tanh_form ? forward<true>(a) : forward<false>(a); }
+void gelu_forward(const GeluForward<Bf16>& a) { a.tanh_form ? forward<true>(a) : forward<false>(a); }
+void gelu_backward(const GeluBackward<float>& a) { a.tanh_form ? backward<true>(a) : backward<false>(a); }
+void gelu_backward(const GeluBackward<Bf16>& a) { a.tanh_form ? backward<true>(a) : backward<false>(a); }
 
 }  // namespace fastrank::FASTRANK_ISA

@@ -11,17 +11,27 @@
 
 namespace fastrank {
 
+// A kernel of hidden states, for float32 and for bf16.
+template <template <class> class Arguments>
+struct OfEither {
+  void (*float32)(const Arguments<float>&);
+  void (*bf16)(const Arguments<Bf16>&);
+
+  void operator()(const Arguments<float>& arguments) const { float32(arguments); }
+  void operator()(const Arguments<Bf16>& arguments) const { bf16(arguments); }
+};
+
 struct Kernels {
   const char* isa;
   bool multiplies_bf16;    // by an instruction of its own
   bool multiplies_in_tiles;  // bf16, by matrix units
-  void (*attention_forward)(const AttentionForward&);
-  void (*attention_backward)(const AttentionBackward&);
-  void (*gelu_forward)(const GeluForward&);
-  void (*gelu_backward)(const GeluBackward&);
-  void (*embedding_norm_forward)(const EmbeddingNormForward&);
-  void (*layer_norm_forward)(const LayerNormForward&);
-  void (*layer_norm_backward)(const LayerNormBackward&);
+  OfEither<AttentionForward> attention_forward;
+  OfEither<AttentionBackward> attention_backward;
+  OfEither<GeluForward> gelu_forward;
+  OfEither<GeluBackward> gelu_backward;
+  OfEither<EmbeddingNormForward> embedding_norm_forward;
+  OfEither<LayerNormForward> layer_norm_forward;
+  OfEither<LayerNormBackward> layer_norm_backward;
   LinearLayout (*linear_layout)(Precision precision);
   void (*linear_forward)(const LinearForward&);
   void (*encoder_forward)(const EncoderForward&);  // null where layers are not computed in one call

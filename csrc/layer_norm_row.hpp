@@ -10,7 +10,9 @@ namespace fastrank::FASTRANK_ISA {
 inline vfloat load_some(const float* p, int64_t count, float fill = 0.f) {
   return count >= LANES ? load(p) : load_partial(p, count, fill);
 }
-inline void store_some(float* p, vfloat x, int64_t count) {
+inline vfloat load_some(const Bf16* p, int64_t count) { return count >= LANES ? load(p) : load_partial(p, count); }
+template <class Value>
+inline void store_some(Value* p, vfloat x, int64_t count) {
   if (count >= LANES)
     store(p, x);
   else
@@ -32,31 +34,38 @@ struct RowStatistics {
   float mean, inverse_deviation;
 };
 
-// out = LayerNorm(x + residual) * weight + bias for one row; out may be x.
-template <bool RESIDUAL>
-RowStatistics layer_norm_row(int64_t hidden, const float* x, const float* residual, const float* weight, const float* bias,
-                             float eps, float* out) {
+// out = LayerNorm(x + residual) * weight + bias for one row; `row_sums` holds x + residual between, and may be x or out.
+template <bool RESIDUAL, class In, class Out>
+RowStatistics layer_norm_row(int64_t hidden, const In* x, const In* residual, const float* weight, const float* bias, float eps,
+                             float* row_sums, Out* out) {
   vfloat sums[4] = {};
   for_row(hidden, [=, &sums](int64_t i, int64_t count, int lane) __attribute__((always_inline)) {
     vfloat value = load_some(x + i, count);
     if constexpr (RESIDUAL) value += load_some(residual + i, count);
-    store_some(out + i, value, count);
+    store_some(row_sums + i, value, count);
     sums[lane] += value;
   });
   const float mean = total(sums) / hidden;
 
   vfloat squares[4] = {};
   for_row(hidden, [=, &squares](int64_t i, int64_t count, int lane) __attribute__((always_inline)) {
-    const vfloat centred = load_some(out + i, count, mean) - mean;
+    const vfloat centred = load_some(row_sums + i, count, mean) - mean;
     squares[lane] += centred * centred;
   });
   const float inverse_deviation = 1.f / std::sqrt(total(squares) / hidden + eps);
 
   for_row(hidden, [=](int64_t i, int64_t count, int) __attribute__((always_inline)) {
-    const vfloat normal = (load_some(out + i, count) - mean) * inverse_deviation;
+    const vfloat normal = (load_some(row_sums + i, count) - mean) * inverse_deviation;
     store_some(out + i, normal * load_some(weight + i, count) + load_some(bias + i, count), count);
   });
   return {mean, inverse_deviation};
+}
+
+// The same in float32, where the sums lie in out itself; out may be x.
+template <bool RESIDUAL>
+RowStatistics layer_norm_row(int64_t hidden, const float* x, const float* residual, const float* weight, const float* bias,
+                             float eps, float* out) {
+  return layer_norm_row<RESIDUAL>(hidden, x, residual, weight, bias, eps, out, out);
 }
 
 }  // namespace fastrank::FASTRANK_ISA

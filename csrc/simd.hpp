@@ -9,6 +9,8 @@
 #include <limits>
 #include <utility>
 
+#include "bf16.hpp"
+
 #ifndef FASTRANK_ISA
 #error "compile kernel files through setup.py, which defines FASTRANK_ISA and FASTRANK_LANES"
 #endif
@@ -39,6 +41,24 @@ inline void store_partial(float* p, vfloat x, int64_t count) {
   float lanes[LANES];
   store(lanes, x);
   std::memcpy(p, lanes, count * sizeof(float));
+}
+
+// bf16 in memory, float32 in registers; rounded to even where two are as near. NaN stays NaN.
+inline vfloat load(const Bf16* p) { return as_float(load_halves(p) << 16); }
+inline void store(Bf16* p, vfloat x) {
+  const vint bits = as_int(x);
+  const vint nearest = bits + 0x7fff + ((bits >> 16) & 1);
+  store_halves(p, as_int(select(x == x, as_float(nearest), as_float(bits | 0x400000))) >> 16);
+}
+inline vfloat load_partial(const Bf16* p, int64_t count) {
+  Bf16 lanes[LANES] = {};
+  std::memcpy(lanes, p, count * sizeof(Bf16));
+  return load(lanes);
+}
+inline void store_partial(Bf16* p, vfloat x, int64_t count) {
+  Bf16 lanes[LANES];
+  store(lanes, x);
+  std::memcpy(p, lanes, count * sizeof(Bf16));
 }
 
 inline vfloat abs(vfloat x) { return as_float(as_int(x) & 0x7fffffff); }

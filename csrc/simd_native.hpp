@@ -14,6 +14,14 @@ inline void store(float* p, vfloat x) { *reinterpret_cast<vfloat_unaligned*>(p) 
 typedef int32_t vint_unaligned __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 inline vint load_ints(const void* p) { return *reinterpret_cast<const vint_unaligned*>(p); }
 
+typedef uint16_t halves __attribute__((vector_size(LANES * 2)));
+typedef uint16_t halves_unaligned __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
+// Sixteen bits a lane, widened with zeros; and the lower sixteen bits of each lane.
+inline vint load_halves(const void* p) {
+  return __builtin_convertvector(*reinterpret_cast<const halves_unaligned*>(p), vint);
+}
+inline void store_halves(void* p, vint x) { *reinterpret_cast<halves_unaligned*>(p) = __builtin_convertvector(x, halves); }
+
 inline vint as_int(vfloat x) { vint r; std::memcpy(&r, &x, sizeof r); return r; }
 inline vfloat as_float(vint x) { vfloat r; std::memcpy(&r, &x, sizeof r); return r; }
 inline vfloat to_float(vint x) { return __builtin_convertvector(x, vfloat); }

@@ -73,6 +73,21 @@ inline vint load_ints(const void* p) {
   return x;
 }
 
+// Sixteen bits a lane, widened with zeros; and the lower sixteen bits of each lane.
+typedef uint16_t halves __attribute__((vector_size(8)));
+inline vint load_halves(const void* p) {
+  halves parts[4];
+  std::memcpy(parts, p, sizeof parts);
+  using part = vint::part;
+  return {__builtin_convertvector(parts[0], part), __builtin_convertvector(parts[1], part),
+          __builtin_convertvector(parts[2], part), __builtin_convertvector(parts[3], part)};
+}
+inline void store_halves(void* p, vint x) {
+  const halves parts[4] = {__builtin_convertvector(x.a, halves), __builtin_convertvector(x.b, halves),
+                           __builtin_convertvector(x.c, halves), __builtin_convertvector(x.d, halves)};
+  std::memcpy(p, parts, sizeof parts);
+}
+
 inline vint as_int(vfloat x) { return {vint::part(x.a), vint::part(x.b), vint::part(x.c), vint::part(x.d)}; }
 inline vfloat as_float(vint x) { return {vfloat::part(x.a), vfloat::part(x.b), vfloat::part(x.c), vfloat::part(x.d)}; }
 inline vfloat to_float(vint x) {

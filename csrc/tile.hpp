@@ -71,16 +71,19 @@ FASTRANK_INLINE void for_vectors(int64_t vectors, const Body& body) {
   if (first < vectors) body(std::integral_constant<int, 1>{}, first);
 }
 
-inline vfloat load_lanes(const float* p, int64_t count) { return count >= LANES ? load(p) : load_partial(p, count); }
-inline void store_lanes(float* p, vfloat x, int64_t count) {
+template <class Value>
+inline vfloat load_lanes(const Value* p, int64_t count) { return count >= LANES ? load(p) : load_partial(p, count); }
+template <class Value>
+inline void store_lanes(Value* p, vfloat x, int64_t count) {
   if (count >= LANES)
     store(p, x);
   else
     store_partial(p, x, count);
 }
 
-// rows x width floats, the width filled up with zeros to whole vectors: packed[row][vector][lane].
-inline void pack_rows(const float* source, int64_t stride, int64_t rows, int64_t width, float* packed) {
+// rows x width numbers as floats, the width filled up with zeros to whole vectors: packed[row][vector][lane].
+template <class Value>
+inline void pack_rows(const Value* source, int64_t stride, int64_t rows, int64_t width, float* packed) {
   for (int64_t row = 0; row < rows; ++row, source += stride) {
     for (int64_t column = 0; column < width; column += LANES, packed += LANES)
       store(packed, load_lanes(source + column, width - column));
@@ -92,8 +95,9 @@ inline int64_t columns_floats(int64_t rows, int64_t width) {
   return round_up(rows, LANES) * width + LANES * LANES;
 }
 
-// rows x width floats, transposed: packed[vector of rows][column][row in the vector], rows past the last zero.
-inline void pack_columns(const float* source, int64_t stride, int64_t rows, int64_t width, float* packed) {
+// rows x width numbers as floats, transposed: packed[vector of rows][column][row in the vector], rows past the last zero.
+template <class Value>
+inline void pack_columns(const Value* source, int64_t stride, int64_t rows, int64_t width, float* packed) {
   for (int64_t row = 0; row < rows; row += LANES, source += LANES * stride, packed += width * LANES) {
     const int64_t height = std::min<int64_t>(LANES, rows - row);
     for (int64_t column = 0; column < width; column += LANES) {
@@ -123,10 +127,10 @@ FASTRANK_INLINE void multiply_columns(const RowPointers<ROWS>& left, int64_t dep
   });
 }
 
-// out[r] = factors[r] * sum over k < depth of left(r, k) * packed row k, for the first `count` of ROWS rows of `width` floats.
-template <int ROWS>
+// out[r] = factors[r] * sum over k < depth of left(r, k) * packed row k, for the first `count` of ROWS rows of `width` numbers.
+template <int ROWS, class Value>
 FASTRANK_INLINE void multiply_rows(const RowPointers<ROWS>& left, int64_t depth, const float* packed, int64_t width,
-                                   const float (&factors)[ROWS], int64_t count, float* out, int64_t out_stride) {
+                                   const float (&factors)[ROWS], int64_t count, Value* out, int64_t out_stride) {
   const int64_t vectors = round_up(width, LANES) / LANES;
   for_vectors(vectors, [&](auto step, int64_t first) FASTRANK_INLINE_LAMBDA {
     constexpr int VECTORS = decltype(step)::value;

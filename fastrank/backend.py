@@ -24,11 +24,13 @@ BACKENDS = ("cpu", "gpu", "varlen", "flash_attn", "reference")  # in the order i
 OPS = tuple(sorted(module.name for module in pkgutil.iter_modules(kernels.__path__) if module.ispkg))
 DEVICE_TYPES = {"cpu": "cpu", "gpu": "cuda", "varlen": "cuda", "flash_attn": "cuda"}
 DTYPES = {
-    "cpu": (torch.float32,),
+    "cpu": (torch.float32, torch.bfloat16),
     "gpu": (torch.float32, torch.bfloat16, torch.float16),
     "varlen": (torch.bfloat16, torch.float16),
     "flash_attn": (torch.bfloat16, torch.float16),
 }
+# What an operation that is not one of hidden states takes instead.
+DTYPES_OF_OPS = {("linear", "cpu"): (torch.float32,), ("listwise", "cpu"): (torch.float32,)}
 KINDS = {"cpu": "C++", "gpu": "GPU", "varlen": "torch.nn.attention.varlen", "flash_attn": "flash-attn"}
 # What a backend must be able to import, and what to say where it cannot.
 NEEDS = {
@@ -81,8 +83,9 @@ def _standing_refusals(
         sentences.append(
             f"The {backend} backend runs on {DEVICE_TYPES[backend]} tensors, not on {device_type} tensors."
         )
-    if dtype not in DTYPES[backend]:
-        known = ", ".join(_name(known) for known in DTYPES[backend])
+    dtypes = DTYPES_OF_OPS.get((op, backend), DTYPES[backend])
+    if dtype not in dtypes:
+        known = ", ".join(map(_name, dtypes))
         sentences.append(f"The {backend} backend computes in {known}, not in {_name(dtype)}.")
     return tuple(sentences)
 

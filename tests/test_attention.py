@@ -12,6 +12,7 @@ from fastrank import ops
 
 # Around the vectors of 8 and 16 keys, the tiles of 4 and 6 queries and the blocks of 24.
 LENGTHS = (0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 100, 128, 0)
+DTYPES = (torch.float32, torch.bfloat16)
 HEAD_DIMS = (1, 8, 24, 32, 33, 64, 80, 128)
 
 
@@ -22,33 +23,56 @@ def backend(isa):
     return "cpu"
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_accuracy(backend, head_dim):
-    qkv = draw(sum(LENGTHS), 3, 2, head_dim, seed=head_dim)
-    assert_accurate(run_fused(LENGTHS), {"qkv": qkv}, backend=backend)
+def test_accuracy(backend, head_dim, dtype):
+    qkv = draw(sum(LENGTHS), 3, 2, head_dim, seed=head_dim).to(dtype).float()
+    assert_accurate(run_fused(LENGTHS), {"qkv": qkv}, backend=backend, dtype=dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("length", [*LENGTHS[1:-1], 4, 5, 6, 10, 11, 13, 25, 47, 49, 511, 512])
-def test_accuracy_of_each_length_alone(backend, length):
+def test_accuracy_of_each_length_alone(backend, length, dtype):
     # The rule looks at the largest error, which in a batch is that of the shortest pairs.
-    assert_accurate(run_fused([length]), {"qkv": draw(length, 3, 1, 32, seed=length)}, backend=backend)
+    qkv = draw(length, 3, 1, 32, seed=length).to(dtype).float()
+    assert_accurate(run_fused([length]), {"qkv": qkv}, backend=backend, dtype=dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("head_dim", "scale"), [(32, 1.0), (32, 0.01), (24, -0.3), (64, 0.0)])
-def test_accuracy_with_a_scale(backend, head_dim, scale):
-    assert_accurate(run_fused((17, 64, 5), scale), {"qkv": draw(86, 3, 2, head_dim)}, backend=backend)
+def test_accuracy_with_a_scale(backend, head_dim, scale, dtype):
+    qkv = draw(86, 3, 2, head_dim).to(dtype).float()
+    assert_accurate(run_fused((17, 64, 5), scale), {"qkv": qkv}, backend=backend, dtype=dtype)
 
 
+def test_bf16_is_float32_rounded(backend):
+    """Outputs and gradients are those of float32 for the same numbers, rounded to the nearest even."""
+    qkv = draw(sum(LENGTHS), 3, 2, 33).bfloat16()
+    low, high = (
+        outputs_and_gradients(lambda qkv: run_fused(LENGTHS)(backend, qkv), {"qkv": qkv}, dtype)
+        for dtype in DTYPES[::-1]
+    )
+    assert torch.equal(low["output 0"], high["output 0"].bfloat16())
+    # The gradient from above was rounded, too: the same one for both.
+    upstream = torch.randn(low["output 0"].shape).bfloat16()
+    gradients = []
+    for dtype in DTYPES:
+        leaf = qkv.to(dtype).requires_grad_()
+        gradients += torch.autograd.grad(run_fused(LENGTHS)(backend, leaf), leaf, upstream.to(dtype))
+    assert torch.equal(gradients[1], gradients[0].bfloat16())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [8, 32, 64])
 @pytest.mark.parametrize("largest", [3, 30])
-def test_saturated_softmax_keeps_its_digits(backend, head_dim, largest):
+def test_saturated_softmax_keeps_its_digits(backend, head_dim, largest, dtype):
     # Whole numbers: float32 holds every score exactly, up to 30,000, however it is summed; what is left is the softmax.
     lengths = (1, 2, 9, 40, 100, 3)
     q, k = integers(2, sum(lengths), 2, head_dim, largest=largest)
-    inputs = {"q": q, "k": k, "v": draw(*k.shape)}
+    inputs = {"q": q, "k": k, "v": draw(*k.shape).to(dtype).float()}
     offsets = cut(lengths)
     run = lambda backend, q, k, v: ops.attention(q, k, v, offsets, scale=0.5, backend=backend)  # noqa: E731
-    assert_accurate(run, inputs, backend=backend)
+    assert_accurate(run, inputs, backend=backend, dtype=dtype)
 
 
 def test_scores_far_below_zero(backend):
@@ -92,15 +116,16 @@ def test_one_key_far_above_the_others_takes_all(backend):
     assert not dv[:7].any() and not dv[8:].any()
 
 
-def test_strided_views_are_read_in_place(backend):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strided_views_are_read_in_place(backend, dtype):
     offsets = cut((9, 0, 33, 20))
-    inputs = {"wide": draw(62, 5, 3, 40), "values": draw(3, 62, 24, seed=1)}
+    inputs = {"wide": draw(62, 5, 3, 40).to(dtype).float(), "values": draw(3, 62, 24, seed=1).to(dtype).float()}
 
     def run(backend, wide, values):
         q, k = wide[:, 1, :, 8:32], wide[:, 4, :, 3:27]
         return ops.attention(q, k, values.transpose(0, 1), offsets, backend=backend)
 
-    assert_accurate(run, inputs, backend=backend)
+    assert_accurate(run, inputs, backend=backend, dtype=dtype)
 
 
 def test_an_upstream_gradient_of_any_stride(backend):
@@ -114,16 +139,18 @@ def test_an_upstream_gradient_of_any_stride(backend):
     assert all(map(torch.equal, torch.autograd.grad(out.sum(), (q, k, v)), expected))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("queries", [(1, 1, 1, 1, 1), (0, 3, 1, 30, 0), (2, 0, 7, 5, 1)])
-def test_queries_of_their_own(backend, queries):
+def test_queries_of_their_own(backend, queries, dtype):
     keys = (40, 1, 65, 9, 0)
     inputs = {"q": draw(sum(queries), 2, 32), "k": draw(sum(keys), 2, 32, seed=1), "v": draw(sum(keys), 2, 32, seed=2)}
+    inputs = {name: value.to(dtype).float() for name, value in inputs.items()}
     offsets, query_offsets = cut(keys), cut(queries)
 
     def run(backend, q, k, v):
         return ops.attention(q, k, v, offsets, query_offsets=query_offsets, backend=backend)
 
-    assert_accurate(run, inputs, backend=backend)
+    assert_accurate(run, inputs, backend=backend, dtype=dtype)
     if queries[4]:
         out = run(backend, **inputs)
         assert not out[query_offsets[4] :].any(), "a query without a key gives 0"
@@ -229,12 +256,15 @@ def test_a_padded_batch_equals_the_packed_one(backend, integer):
     assert torch.equal(gradient[real], packed_gradient) and not gradient[~real].any()
 
 
-def test_accuracy_of_a_padded_batch(backend):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_accuracy_of_a_padded_batch(backend, dtype):
     lengths = torch.tensor([7, 0, 30])
-    inputs = {name: draw(3, 30, 2, 33, seed=seed) for seed, name in enumerate("qkv")}
-    assert_accurate(
-        lambda backend, **qkv: ops.padded_attention(**qkv, lengths=lengths, backend=backend), inputs, backend=backend
-    )
+    inputs = {name: draw(3, 30, 2, 33, seed=seed).to(dtype).float() for seed, name in enumerate("qkv")}
+
+    def run(backend, **qkv):
+        return ops.padded_attention(**qkv, lengths=lengths, backend=backend)
+
+    assert_accurate(run, inputs, backend=backend, dtype=dtype)
 
 
 @pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True)])

@@ -32,12 +32,14 @@ def chosen(op: str, tensor: torch.Tensor, name: str = "auto") -> str:
 
 
 @pytest.mark.parametrize("op", IN_CPP)
-def test_the_cpu_backend_computes_float32_on_cpu_tensors(op):
+def test_the_cpu_backend_computes_on_cpu_tensors(op):
     tensor = torch.zeros(5, 2, 8)
     assert backend.refusals(op, "cpu", tensor) == []
     assert chosen(op, tensor) == f"fastrank.kernels.{op}.cpu"
+    known = "float32" if op in ("linear", "listwise") else "float32, bf16"
     for dtype, name in ((torch.float64, "float64"), (torch.bfloat16, "bf16"), (torch.float16, "fp16")):
-        assert backend.refusals(op, "cpu", tensor.to(dtype)) == [f"The cpu backend computes in float32, not in {name}."]
+        expected = [] if name in known else [f"The cpu backend computes in {known}, not in {name}."]
+        assert backend.refusals(op, "cpu", tensor.to(dtype)) == expected
     assert backend.refusals(op, "cpu", tensor.to("meta")) == [
         "The cpu backend runs on cpu tensors, not on meta tensors."
     ]
@@ -145,7 +147,7 @@ def test_auto_falls_to_the_reference_with_one_warning():
 def test_an_explicit_backend_never_falls_back():
     x = torch.zeros(5, 2, 8).double()
     with pytest.raises(
-        backend.BackendRefused, match="'cpu' cannot run attention: The cpu backend computes in float32, not in"
+        backend.BackendRefused, match="'cpu' cannot run attention: The cpu backend computes in float32, bf16, not in"
     ):
         ops.attention(x, x, x, OFFSETS, backend="cpu")
     with pytest.raises(backend.BackendRefused, match="'gpu' cannot run linear: fastrank has no GPU kernel"):
@@ -248,14 +250,14 @@ def test_the_command_prints_every_operation_and_backend(capsys):
         more = ["varlen", "flash_attn"] * (op == "attention")
         assert [row[1] for row in rows] == ["cpu", "gpu", *more, "reference"]
         assert all(row[-1] == "(untested)" for row in rows if row[1] in more)
-        assert rows[0][2:] == ["yes", "float32"]
+        assert rows[0][2:] == (["yes", "float32"] if op == "listwise" else ["yes", "float32,", "bf16"])
         assert rows[1][2] == ("yes" if op in IN_TRITON and torch.cuda.is_available() else "no")
     assert backend.backends_command(["--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["machine"]["instruction_set"] == _cpu.isa()
     assert report["machine"]["multiplies_bf16"] == _cpu.multiplies_bf16()
     assert report["machine"]["amx"] == amx
-    assert {"op": "attention", "backend": "cpu", "runs": True, "dtypes": ["float32"], "refusals": []} in report[
+    assert {"op": "attention", "backend": "cpu", "runs": True, "dtypes": ["float32", "bf16"], "refusals": []} in report[
         "backends"
     ]
 

@@ -17,16 +17,49 @@ def values(rows: int, columns: int, scale: float = 2.0) -> dict[str, torch.Tenso
     }
 
 
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tanh_form", [False, True])
 @pytest.mark.parametrize("shape", [(0, 8), (1, 1), (3, 7), (31, 16), (33, 40), (65, 257), (200, 1536)])
-def test_accuracy(isa, shape, tanh_form):
-    inputs = values(*shape)
+def test_accuracy(isa, shape, tanh_form, dtype):
+    inputs = {name: value.to(dtype).float() for name, value in values(*shape).items()}
     skip_unless_runs("gelu", "cpu", inputs["x"])
 
     def run(backend, x, bias):
         return ops.bias_gelu(x, bias, tanh_form=tanh_form, backend=backend)
 
-    assert_accurate(run, inputs, backend="cpu")
+    assert_accurate(run, inputs, backend="cpu", dtype=dtype)
+
+
+@pytest.mark.parametrize("tanh_form", [False, True])
+@pytest.mark.parametrize("shape", [(3, 7), (33, 40), (65, 257)])
+def test_bf16_with_a_bias_of_float32_is_float32_rounded(isa, shape, tanh_form):
+    """Outputs and dx are float32's, rounded to the nearest even; the bias, and what is summed for it, stay float32."""
+    inputs = values(*shape)
+    results = []
+    for x in (inputs["x"].bfloat16(), inputs["x"].bfloat16().float()):
+        leaves = x.requires_grad_(), inputs["bias"].clone().requires_grad_()
+        out = ops.bias_gelu(*leaves, tanh_form=tanh_form, backend="cpu")
+        upstream = torch.linspace(-1, 1, out.numel()).view_as(out).bfloat16().to(out.dtype)
+        results.append((out.detach(), *torch.autograd.grad(out, leaves, upstream)))
+    (out, dx, dbias), (exact, exact_dx, exact_dbias) = results
+    assert torch.equal(out, exact.bfloat16()) and torch.equal(dx, exact_dx.bfloat16())
+    assert dbias.dtype == torch.float32 and torch.equal(dbias, exact_dbias)
+
+
+def test_bf16_numbers_of_every_kind(isa):
+    """Far out GELU is x itself: what is read is what is written, infinities and NaN included; and every tie to even."""
+    x = torch.tensor([math.nan, math.inf, 300.0, 3e38, 1e9, 257.0]).bfloat16()[None]
+    out = ops.bias_gelu(x, torch.zeros(x.shape[1]), backend="cpu")
+    assert torch.equal(out.view(torch.int16)[:, 1:], x.view(torch.int16)[:, 1:]) and out[0, 0].isnan()
+    bits = torch.arange(0x4380, 0x7F70, dtype=torch.int32)[None] << 16  # from 256 on
+    large = bits.view(torch.float32)
+    half_a_step = (bits + 0x8000).view(torch.float32) - large
+    for bias in (half_a_step[0], half_a_step[0] * 0.998, half_a_step[0] * 1.002):
+        out = ops.bias_gelu(large.bfloat16(), bias, backend="cpu")
+        assert torch.equal(out, (large + bias).bfloat16())
 
 
 @pytest.mark.parametrize("tanh_form", [False, True])

@@ -28,21 +28,55 @@ def run_with(eps: float):
     return lambda backend, x, residual, weight, bias: ops.layer_norm(x, residual, weight, bias, eps, backend=backend)
 
 
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def exact_in(dtype: torch.dtype, inputs: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    """The nearest numbers that the dtype holds."""
+    return {name: None if value is None else value.to(dtype).float() for name, value in inputs.items()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("residual", [True, False])
 @pytest.mark.parametrize("hidden", [2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 65, 100, 384, 768, 1000, 1024])
-def test_accuracy(backend, hidden, residual):
-    assert_accurate(run_with(1e-12), make(37, hidden, residual=residual, seed=hidden), backend=backend)
+def test_accuracy(backend, hidden, residual, dtype):
+    inputs = exact_in(dtype, make(37, hidden, residual=residual, seed=hidden))
+    assert_accurate(run_with(1e-12), inputs, backend=backend, dtype=dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [0, 1, 15, 16, 17, 300, 4096, 5000])
-def test_accuracy_of_any_number_of_tokens(backend, tokens):
-    assert_accurate(run_with(1e-5), make(tokens, 48), backend=backend)
+def test_accuracy_of_any_number_of_tokens(backend, tokens, dtype):
+    assert_accurate(run_with(1e-5), exact_in(dtype, make(tokens, 48)), backend=backend, dtype=dtype)
 
 
-def test_accuracy_far_from_zero(backend):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_accuracy_far_from_zero(backend, dtype):
     inputs = make(20, 384)
     inputs["x"] = inputs["x"] + 1000  # a variance of squares minus the square of the mean would lose all digits
-    assert_accurate(run_with(1e-12), inputs, backend=backend)
+    assert_accurate(run_with(1e-12), exact_in(dtype, inputs), backend=backend, dtype=dtype)
+
+
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("hidden", [7, 33, 384])
+def test_bf16_with_float32_weights_is_float32_rounded(backend, hidden, residual):
+    """Outputs and dx are float32's, rounded; weights, and what is summed for them, stay float32."""
+    inputs = make(300, hidden, residual=residual)
+    results = []
+    for wide in (False, True):
+        given = {
+            name: value if value is None or name in ("weight", "bias") else value.bfloat16()
+            for name, value in inputs.items()
+        }
+        given = {name: value.float() if wide and value is not None else value for name, value in given.items()}
+        leaves = {name: value.clone().requires_grad_() for name, value in given.items() if value is not None}
+        out = run_with(1e-5)(backend, **{**given, **leaves})
+        upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(out.dtype)
+        gradients = torch.autograd.grad(out, list(leaves.values()), upstream)
+        results.append({"out": out.detach(), **dict(zip(leaves, gradients, strict=True))})
+    for name, value in results[0].items():
+        assert value.dtype == (torch.float32 if name in ("weight", "bias") else torch.bfloat16)
+        assert torch.equal(value, results[1][name].to(value.dtype)), name
 
 
 def test_eps_decides_where_all_values_are_equal(backend):
@@ -148,6 +182,23 @@ def test_bad_input():
         ops.layer_norm(x[None], None, w, w, 1e-5)
     with pytest.raises(ValueError, match=r"weight torch\.float64 on cpu"):
         ops.layer_norm(x, None, w.double(), w, 1e-5)
+
+
+def test_norms_of_embeddings_in_bf16_are_those_in_float32_rounded(backend):
+    random = torch.Generator().manual_seed(0)
+    for hidden in (1, 7, 33, 384):
+        tables = tuple(torch.randn(count, hidden, generator=random) for count in (50, 2, 40))
+        ids = tuple(torch.randint(0, len(one), (300,), generator=random) for one in tables)
+        weight, bias = torch.randn(2, hidden, generator=random)
+
+        def run(dtype, ids=ids, tables=tables, weight=weight, bias=bias):
+            return ops.embedding_norm(ids, tables, weight, bias, 1e-6, dtype=dtype, backend=backend)
+
+        with poisoned_memory():
+            out = run(torch.bfloat16)
+        assert out.dtype == torch.bfloat16 and torch.equal(out, run(torch.float32).bfloat16())
+        weight.requires_grad_()
+        assert torch.equal(run(torch.bfloat16).detach(), out), "with a gradient the same bits"
 
 
 @pytest.mark.parametrize("hidden", [1, 7, 16, 33, 384])

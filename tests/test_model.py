@@ -196,17 +196,24 @@ def test_dropout_acts_where_transformers_drops(tmp_path, kind, monkeypatch):
     assert actual == expected and len(expected) > 7
 
 
-def test_precision(tmp_path, kind):
-    """bf16 may be at most twice as wrong as transformers under autocast; weights stay in float32."""
+@pytest.mark.parametrize("hidden_states", ["float32", "bf16"])
+def test_precision(tmp_path, kind, hidden_states):
+    """bf16 may be at most twice as wrong as transformers with the same hidden states: under autocast they stay in
+    float32, and a model of bf16 has nothing else. Weights stay in float32."""
     theirs = make_checkpoint(tmp_path, kind)
     pairs = random_pairs(theirs, LENGTHS)
     batch = pack_pairs(pairs)
     model = load_model(tmp_path)
     with torch.no_grad():
         exact = model(batch)
-        with torch.autocast("cpu", torch.bfloat16):
-            rounded = padded_logits(theirs, pairs).float()
-        low = model.to_precision("bf16")(batch)
+        if hidden_states == "float32":
+            with torch.autocast("cpu", torch.bfloat16):
+                rounded = padded_logits(theirs, pairs).float()
+            low = model.to_precision("bf16", hidden_states="float32")(batch)
+        else:
+            rounded = padded_logits(theirs.bfloat16(), pairs).float()
+            low = model.to_precision("bf16")(batch)
+            assert torch.equal(model.to_precision("bf16", hidden_states="bf16")(batch), low), "the default"
     assert low.dtype == torch.float32 and not torch.equal(low, exact)
     assert (low - exact).square().mean() <= 4 * (rounded - exact).square().mean()
     with torch.no_grad():

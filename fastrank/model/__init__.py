@@ -74,9 +74,10 @@ class CrossEncoder(nn.Module):
     ) -> "CrossEncoder":
         """Run the encoder's matrix products in "float32", "bf16", "fp16" or "fp8"; weights and head stay in float32.
 
-        hidden_states: what lies between the products, and what kernels compute; by default `precision` on a GPU and
-        float32 on a CPU. With "fp8", which is for inference on a GPU, that is "bf16", and so are products of the last
-        layer's first tokens. Raises ValueError for unknown precisions and for a model that cannot run in fp8.
+        hidden_states: what lies between the products, and what kernels read and write; by default `precision`, but on
+        a CPU float32 where its kernels do not take that (they take float32 and bf16). With "fp8", which is for
+        inference on a GPU, that is "bf16", and so are products of the last layer's first tokens. Raises ValueError for
+        unknown precisions and for a model that cannot run in fp8.
         """
         uses_fp8 = precision in FP8
         if uses_fp8:

@@ -13,10 +13,16 @@ import torch
 from torch import Tensor
 
 from fastrank import ops
-from fastrank.backend import choose
+from fastrank.backend import choose, refusals
 
 if TYPE_CHECKING:
     from fastrank.model.encoder import Layer, Norm
+
+
+def takes(dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether C++ kernels read and write what lies between the products in this dtype, one layer after another."""
+    probe = torch.empty(0, 1, head_dim, dtype=dtype)
+    return not any(refusals(op, "cpu", probe) for op in ("attention", "gelu", "layer_norm"))
 
 
 def suits(layers: Sequence[Layer], x: Tensor) -> bool:

@@ -139,9 +139,9 @@ class Encoder(nn.Module):
     """Embeddings and layers.
 
     precision: of the matrix products. uses_fp8: those of all tokens are in fp8 instead, for inference on a GPU.
-    hidden_dtype: of what lies between them; None for precision on a GPU and that of the weights on a CPU, whose kernels
-    take nothing else. recomputes: a training step keeps only what goes into each layer, and computes the layer again in
-    its backward pass: less memory, the same gradients.
+    hidden_dtype: of what lies between them; None for precision where kernels take it, as on a GPU and in bf16 on a CPU,
+    and elsewhere for that of the weights. recomputes: a training step keeps only what goes into each layer, and
+    computes the layer again in its backward pass: less memory, the same gradients.
     """
 
     precision: torch.dtype = torch.float32
@@ -162,8 +162,9 @@ class Encoder(nn.Module):
     def forward(self, batch: "PackedBatch", positions: Tensor) -> Tensor:
         """positions: (tokens,) int64, rows of the position table. Returns the first token's vector, (pairs, hidden)."""
         dtype = self.hidden_dtype
-        if dtype is None and positions.is_cuda and self.precision != torch.float32:
-            dtype = self.precision
+        if dtype is None and self.precision != torch.float32:
+            if positions.is_cuda or cpu_layers.takes(self.precision, self.layers[0].heads[1]):
+                dtype = self.precision
         x = self.embeddings(batch.token_ids, batch.token_types, positions, dtype)
         with torch.inference_mode(False):
             # A tensor of this forward alone: what a GPU's attention derives from it serves all layers, and no longer.

@@ -58,9 +58,9 @@ class TrainConfig:
         max_steps: Optimizer steps; 0 or -1: num_train_epochs decides.
         per_device_train_batch_size: Lists (queries) a step.
         gradient_accumulation_steps: Multiplies the lists of a step; the loss is normalised over all of them at once.
-        max_batch_tokens: Tokens of one forward and backward pass; default: 8,192 on a CPU, on a GPU what a third of its
-            memory takes, up to 131,072. Cuts a step for memory and never changes its gradient; dropout's masks follow
-            the cut, so give it where a run is to be repeated on another GPU.
+        max_batch_tokens: Tokens of one forward and backward pass; default: 8,192 on a CPU and 16,384 in bf16, on a GPU
+            what a third of its memory takes, up to 131,072. Cuts a step for memory and never changes its gradient;
+            dropout's masks follow the cut, so give it where a run is to be repeated on another GPU.
         gradient_checkpointing: Keep only what goes into each layer, and compute it again in the backward pass: a third
             more work, far less memory, the same gradients.
         cuda_graphs: On a GPU, record the passes of a bucket of like batches when it comes the third time, and replay

@@ -32,7 +32,7 @@ from .processes import Processes
 
 __all__ = ["Prepared", "Trainer"]
 
-DEFAULT_MAX_BATCH_TOKENS = 8192  # on a CPU
+DEFAULT_MAX_BATCH_TOKENS = {"float32": 8192, "bf16": 16384}  # on a CPU: as much memory in either
 MOST_BATCH_TOKENS = 131072  # on a GPU, which more do not make faster
 
 
@@ -120,7 +120,7 @@ class Trainer:
         """On a GPU as many as a third of its memory takes beside weights, gradients and moments: graphs hold as much as
         their largest pass, and beside them a pass without one must have room."""
         if self.device.type != "cuda":
-            return DEFAULT_MAX_BATCH_TOKENS
+            return DEFAULT_MAX_BATCH_TOKENS.get(self.precision, 8192)
         learned = 16 * sum(one.numel() for one in self.model.parameters())
         memory = torch.cuda.get_device_properties(self.device).total_memory - learned
         size = 4 if self.precision == "float32" else 2

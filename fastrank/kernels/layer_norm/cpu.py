@@ -1,4 +1,4 @@
-"""LayerNorm(x + residual) in C++ (csrc/layer_norm.cpp), float32 on CPU tensors.
+"""LayerNorm(x + residual) in C++ (csrc/layer_norm.cpp), on CPU tensors of float32 or bf16, computed in float32.
 
 Saved for the backward are the inputs, the mean and the inverse deviation of each row; x + residual is added up again
 there.
@@ -11,10 +11,12 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from fastrank import _cpu
+from fastrank.kernels.arrays import array_of
 from fastrank.kernels.layer_norm.reference import sum_vectors
 
 
 def layer_norm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    weight, bias = weight.float(), bias.float()
     if torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (x, residual, weight, bias)
     ):
@@ -33,14 +35,17 @@ def embedding_norm(
 ) -> Tensor:
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*tables, weight, bias)):
         return layer_norm(*sum_vectors(ids, tables, padding), weight, bias, eps).to(dtype)
-    out = torch.empty(len(ids[0]), len(weight), dtype=torch.float32)
-    arrays = [_array(one) for one in ids], [_array(one) for one in tables], _array(weight), _array(bias)
-    _cpu.embedding_norm_forward(*arrays, eps, out.numpy(), torch.get_num_threads())
+    written = dtype if dtype in (torch.float32, torch.bfloat16) else torch.float32
+    out = torch.empty(len(ids[0]), len(weight), dtype=written)
+    vectors, scale = [_array(one.float()) for one in tables], (_array(weight.float()), _array(bias.float()))
+    _cpu.embedding_norm_forward(
+        [_array(one) for one in ids], vectors, *scale, eps, array_of(out), torch.get_num_threads()
+    )
     return out.to(dtype)
 
 
 def _array(tensor: Tensor | None) -> np.ndarray | None:
-    return None if tensor is None else tensor.detach().contiguous().numpy()
+    return None if tensor is None else array_of(tensor.contiguous())
 
 
 def _forward(
@@ -52,10 +57,10 @@ def _forward(
     means: Tensor | None,
     inverse_deviations: Tensor | None,
 ) -> Tensor:
-    out = torch.empty(x.shape, dtype=torch.float32)
+    out = torch.empty(x.shape, dtype=x.dtype)
     arrays = map(_array, (x, residual, weight, bias))
     _cpu.layer_norm_forward(
-        *arrays, eps, out.numpy(), _array(means), _array(inverse_deviations), torch.get_num_threads()
+        *arrays, eps, array_of(out), _array(means), _array(inverse_deviations), torch.get_num_threads()
     )
     return out
 
@@ -72,7 +77,7 @@ class _LayerNorm(Function):
     def backward(ctx, dout):
         x, residual, weight, *statistics = ctx.saved_tensors
         x_needed, residual_needed, weight_needed, bias_needed, _ = ctx.needs_input_grad
-        dx = torch.empty(x.shape, dtype=torch.float32)
+        dx = torch.empty(x.shape, dtype=x.dtype)
         dweight, dbias = (
             torch.empty(weight.shape, dtype=torch.float32) if weight_needed or bias_needed else None for _ in range(2)
         )
