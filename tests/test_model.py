@@ -246,7 +246,11 @@ def test_frozen_weights(tmp_path, kind, monkeypatch):
         monkeypatch.delenv("FASTRANK_BACKEND")
     assert not torch.equal(int8, fused)
     assert (int8 - exact).square().mean() <= 4 * (reference - exact).square().mean()
-    assert torch.corrcoef(torch.stack([int8[:, 0], exact[:, 0]]))[0, 1] > 0.99
+    # Of twelve pairs and random weights: the reference's correlation lies between .993 and .999, as the draw goes.
+    lost, lost_by_reference = (
+        1 - torch.corrcoef(torch.stack([one[:, 0], exact[:, 0]]))[0, 1] for one in (int8, reference)
+    )
+    assert lost <= 4 * lost_by_reference and lost_by_reference < 0.01
     with torch.no_grad():
         before = model.encoder.layers[0].up.weight[0, 0].item()
         model.encoder.layers[0].up.weight[0, 0] = 100
