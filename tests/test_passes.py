@@ -41,10 +41,10 @@ class Graph:
         self.replay = replay
 
 
-def graphs_of(model, inputs, *, off_by=0.0) -> _Recorded:
+def graphs_of(model, inputs, slopes, *, off_by=0.0) -> _Recorded:
     """A bucket's graphs as recording makes them, or wrong ones."""
     made = []
-    scores, slopes = torch.zeros(inputs.num_pairs), torch.zeros(inputs.num_pairs)
+    scores = torch.zeros(inputs.num_pairs)
 
     def forward():
         made[:] = [model.score(inputs)]
@@ -66,11 +66,11 @@ def test_graphs_are_compared_with_what_they_record(off_by, tmp_path, monkeypatch
     passes._fills = passes.uses_graphs = passes._keeps_gradients = True
     recorded = []
 
-    def record(inputs):
+    def record(inputs, slopes, seed):
         recorded.append(None)
         if off_by == "no memory":
             raise torch.cuda.OutOfMemoryError
-        return graphs_of(model, inputs, off_by=off_by)
+        return graphs_of(model, inputs, slopes, off_by=off_by)
 
     monkeypatch.setattr(passes, "_record", record)
     monkeypatch.setattr(PackedBatch, "copy_to", lambda self, other: None)  # always the same batch here

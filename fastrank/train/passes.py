@@ -152,8 +152,8 @@ class Passes:
                 slopes = torch.linspace(-1, 1, filled.num_pairs, device=self._device)
                 # First, so that the memory of a pass and that of a graph are not needed at once.
                 exact = self._pass(inputs, slopes, seed)
-                recorded = self._record(inputs)
-                apart = self._compare(recorded, slopes, seed, exact)
+                recorded = self._record(inputs, slopes, seed)
+                apart = self._compare(recorded, seed, exact)
             if not apart < FURTHEST_APART:  # NaN is not
                 raise RuntimeError(f"gradients by a graph are off by {apart:.2g}")
             self._recorded[bucket] = recorded
@@ -172,18 +172,13 @@ class Passes:
         scores = self._model.score(inputs)
         return [scores.detach(), *torch.autograd.grad(scores, self._learning, slopes)]
 
-    def _record(self, inputs: PackedBatch) -> _Recorded:
+    def _record(self, inputs: PackedBatch, slopes: Tensor, seed: int) -> _Recorded:
+        """The graphs read their slopes from where these lie."""
         gradients = [one.grad for one in self._learning]
-
-        def both() -> None:
-            scores = self._model.score(inputs)
-            torch.autograd.grad(scores, self._learning, torch.zeros_like(scores))
-
-        run_before_recording(both)
+        run_before_recording(lambda: self._pass(inputs, slopes, seed))
         torch.cuda.empty_cache()
         forward, scores = record(lambda: self._model.score(inputs), self._pool)
         self._pool = self._pool or forward.pool()
-        slopes = torch.zeros_like(scores)
 
         def go_back() -> None:
             torch._foreach_add_(gradients, torch.autograd.grad(scores, self._learning, slopes))
@@ -191,11 +186,10 @@ class Passes:
         backward, _ = record(go_back, self._pool)
         return _Recorded(forward, backward, inputs, scores.detach(), slopes)
 
-    def _compare(self, recorded: _Recorded, slopes: Tensor, seed: int, exact: list[Tensor]) -> float:
+    def _compare(self, recorded: _Recorded, seed: int, exact: list[Tensor]) -> float:
         """How far the scores and gradients by a graph are from those of _pass(), relative to their norm."""
         gradients = [one.grad for one in self._learning]
         torch._foreach_zero_(gradients)
-        recorded.slopes.copy_(slopes)
         torch.manual_seed(seed)
         recorded.forward.replay()
         recorded.backward.replay()
