@@ -23,7 +23,7 @@ from fastrank.kernels.configuration import (
     name_of,
 )
 
-WIDTHS = (512, 1024, 2048)  # of a tile: the least that holds a row is taken
+WIDTHS = (512, 1024, 2048)  # of a tile of whole rows: the least that holds one is taken
 TILE = 2048  # numbers of a tile
 INVERSE_LARGEST = tl.constexpr(1 / 448)
 LEAST_SCALE = tl.constexpr(torch.finfo(torch.float32).tiny)

@@ -28,10 +28,8 @@ from fastrank.kernels.configuration import (
     kernel,
     name_of,
 )
-from fastrank.kernels.fp8.gpu import write_codes
+from fastrank.kernels.fp8.gpu import TILE, WIDTHS, write_codes
 
-WIDTHS = (512, 1024, 2048)  # of a tile: the least that holds a row is taken
-TILE = 2048  # numbers of a tile
 MOST_PROGRAMS = 512  # that sum over rows
 
 
