@@ -37,11 +37,6 @@ inline vfloat load_partial(const float* p, int64_t count, float fill = 0.f) {
   std::memcpy(lanes, p, count * sizeof(float));
   return load(lanes);
 }
-inline void store_partial(float* p, vfloat x, int64_t count) {
-  float lanes[LANES];
-  store(lanes, x);
-  std::memcpy(p, lanes, count * sizeof(float));
-}
 
 // bf16 in memory, float32 in registers; rounded to even where two are as near. NaN stays NaN.
 inline vfloat load(const Bf16* p) { return as_float(load_halves(p) << 16); }
@@ -55,10 +50,11 @@ inline vfloat load_partial(const Bf16* p, int64_t count) {
   std::memcpy(lanes, p, count * sizeof(Bf16));
   return load(lanes);
 }
-inline void store_partial(Bf16* p, vfloat x, int64_t count) {
-  Bf16 lanes[LANES];
+template <class Storage>
+inline void store_partial(Storage* p, vfloat x, int64_t count) {
+  Storage lanes[LANES];
   store(lanes, x);
-  std::memcpy(p, lanes, count * sizeof(Bf16));
+  std::memcpy(p, lanes, count * sizeof(Storage));
 }
 
 inline vfloat abs(vfloat x) { return as_float(as_int(x) & 0x7fffffff); }
