@@ -42,9 +42,24 @@ inline __attribute__((always_inline)) void before_tile_loads() { asm volatile(""
 // ones, in order and from 0, then both sums are added to each other and that to what was there. Denormal numbers count as 0.
 #define FASTRANK_TILE_MULTIPLY(sums, left, right) _tile_dpbf16ps(sums, left, right)
 
-// Thirty-two numbers rounded to bf16, to even where two are as near, denormal ones to 0; `out` on a line of the cache.
-inline __attribute__((always_inline)) void store_bf16(uint16_t* out, vfloat low, vfloat high) {
-  _mm512_store_si512(out, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+// Sixteen of thirty-two halves of floats, as ints. (A mask that takes all, here and below: gcc warns of the forms without one.)
+template <int HALF>
+inline __attribute__((always_inline)) vint half_of(__m512i x) {
+  return (vint)_mm512_maskz_cvtepu16_epi32(0xffff, _mm512_maskz_extracti64x4_epi64(0xf, x, HALF));
+}
+
+// Thirty-two numbers as PARTS lines of bf16, `stride` numbers apart: first the numbers rounded, to even where two are as near and
+// denormal ones to 0, then what that leaves, rounded, and so on. The sum of three is a float32 itself, unless it is infinite or
+// rounds to infinity (then the others are NaN) or less than 2^-102. Lines are lines of the cache.
+template <int PARTS>
+inline __attribute__((always_inline)) void store_parts(uint16_t* out, int64_t stride, vfloat low, vfloat high) {
+  for (int part = 0;; ++part) {
+    const __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+    _mm512_store_si512(out + part * stride, rounded);
+    if (part == PARTS - 1) return;
+    low -= as_float(half_of<0>(rounded) << 16);
+    high -= as_float(half_of<1>(rounded) << 16);
+  }
 }
 
 inline __attribute__((always_inline)) void prefetch_to_l2(const void* line) {
@@ -56,11 +71,11 @@ template <int N>
 inline __attribute__((always_inline)) void exp2_nonpositive(vfloat (&x)[N]) {
   constexpr float COEFFICIENTS[] = {5.20114619e-2f, 2.41442756e-1f, 6.93003835e-1f, 1.00000259f};
   vfloat f[N], p[N];
-  for (int i = 0; i < N; ++i) f[i] = (vfloat)_mm512_reduce_ps((__m512)x[i], _MM_FROUND_TO_NEG_INF);  // x - floor(x)
+  for (int i = 0; i < N; ++i) f[i] = (vfloat)_mm512_maskz_reduce_ps(0xffff, (__m512)x[i], _MM_FROUND_TO_NEG_INF);  // x - floor(x)
   for (int i = 0; i < N; ++i) p[i] = splat(1.35341672e-2f);
   for (const float coefficient : COEFFICIENTS)
     for (int i = 0; i < N; ++i) p[i] = p[i] * f[i] + coefficient;
-  for (int i = 0; i < N; ++i) x[i] = (vfloat)_mm512_scalef_ps((__m512)p[i], (__m512)x[i]);  // p * 2^floor(x)
+  for (int i = 0; i < N; ++i) x[i] = (vfloat)_mm512_maskz_scalef_ps(0xffff, (__m512)p[i], (__m512)x[i]);  // p * 2^floor(x)
 }
 
 // The first `count` floats, any number of them, also none; then those of `other`.
@@ -72,13 +87,8 @@ inline __attribute__((always_inline)) vfloat load_first(const float* p, int64_t 
 // Two rows of thirty-two bf16 as thirty-two pairs, the upper row's number first.
 inline __attribute__((always_inline)) void store_pairs_of_rows(uint16_t* out, const uint16_t* upper, const uint16_t* lower) {
   const __m512i a = _mm512_loadu_si512(upper), b = _mm512_loadu_si512(lower);
-  const auto interleave = [&](int half) {
-    const __m256i x = half ? _mm512_extracti64x4_epi64(a, 1) : _mm512_castsi512_si256(a);
-    const __m256i y = half ? _mm512_extracti64x4_epi64(b, 1) : _mm512_castsi512_si256(b);
-    return _mm512_or_si512(_mm512_cvtepu16_epi32(x), _mm512_slli_epi32(_mm512_cvtepu16_epi32(y), 16));
-  };
-  _mm512_store_si512(out, interleave(0));
-  _mm512_store_si512(out + TILE_DEPTH, interleave(1));
+  _mm512_store_si512(out, (__m512i)(half_of<0>(a) | half_of<0>(b) << 16));
+  _mm512_store_si512(out + TILE_DEPTH, (__m512i)(half_of<1>(a) | half_of<1>(b) << 16));
 }
 
 }  // namespace fastrank::FASTRANK_ISA

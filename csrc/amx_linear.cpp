@@ -1,6 +1,5 @@
-// linear.cpp's products of bf16 in matrix units; those in float32 are avx512's. Blocks of rows stay in the second cache from the
-// first product to the LayerNorm. An element is summed along the whole depth in one order, whatever tile, block or thread
-// computes it.
+// linear.cpp's products in matrix units, but for those of int8, which are avx512's. Blocks of rows stay in the second cache from the first product to the LayerNorm. An
+// element is summed along the whole depth in one order, whatever tile, block or thread computes it.
 #include "amx_product.hpp"
 #include "layer_norm_row.hpp"
 #include "threads.hpp"
@@ -15,13 +14,19 @@ namespace {
 
 constexpr int64_t BLOCK_ROWS = 256;  // at most
 
-void bf16_forward(const LinearForward& a) {
+template <Precision PRECISION>
+void forward(const LinearForward& a) {
+  constexpr int PARTS = Panels<PRECISION>::PARTS;
   const LinearWeights& last = a.second == nullptr ? a.first : *a.second;
   const int64_t block = std::clamp<int64_t>(round_up(divide_up(a.rows, a.num_threads), TILE), TILE, BLOCK_ROWS);
   parallel_for(divide_up(a.rows, block), a.num_threads, [&](int64_t task) {
     const int64_t begin = task * block, rows = std::min(block, a.rows - begin);
-    Scratch scratch(RoundedRows::floats(rows, a.first.depth) + 16 + (a.second == nullptr ? 0 : between_floats(rows, last)));
-    const RoundedRows left = RoundedRows::taken(scratch, rows, a.first.depth);
+    const int64_t steps = divide_up(a.first.depth, TILE_DEPTH);
+    const int64_t made_floats = Panels<PRECISION>::floats(a.second == nullptr ? steps : std::max(steps, PART_PANELS));
+    Scratch scratch(LeftRows<PARTS>::floats(rows, a.first.depth) + made_floats + 2 * 16 +
+                    (a.second == nullptr ? 0 : between_floats<PRECISION>(rows, last)));
+    const auto left = LeftRows<PARTS>::taken(scratch, rows, a.first.depth);
+    float* const made = scratch.take(made_floats);
     for (int64_t row = 0; row < rows; ++row) left.write(row, a.x + (begin + row) * a.first.depth, a.first.depth);
 
     const int64_t group_columns = last.columns / a.groups, group_stride = a.rows * group_columns;
@@ -32,20 +37,20 @@ void bf16_forward(const LinearForward& a) {
                     last.columns - column);
     };
     const auto write = [&](const auto& activate) FASTRANK_INLINE_LAMBDA {
-      return [&](int64_t row, int64_t left, int64_t column, const float* sums) FASTRANK_INLINE_LAMBDA {
-        TwoRows x(sums, last.bias + column);
+      return [&](int64_t row, int64_t column, const float* sums) FASTRANK_INLINE_LAMBDA {
+        BiasedSums x(sums, last.bias + column);
         activate(x.values);
-        for (int v = 0; v < (left > 1 ? 4 : 2); ++v) store_row(row + v / 2, column + v % 2 * LANES, x.values[v]);
+        for (int v = 0; v < 2; ++v) store_row(row, column + v * LANES, x.values[v]);
       };
     };
     const Tiles tiles;
     if (a.second == nullptr)
-      with_activation(a.activation, [&](const auto& activate) {
-        multiply(left, rows, a.first, 0, divide_up(last.columns, PANEL), 0, {}, write(activate));
+      with_activation<PARTS>(a.activation, [&](const auto& activate) {
+        multiply<PRECISION>(left, rows, a.first, 0, divide_up(last.columns, PANEL), 0, {}, made, write(activate));
       });
     else
-      multiply_twice(left, rows, a.first, a.activation, *a.second, scratch,
-                     write([](vfloat (&)[4]) FASTRANK_INLINE_LAMBDA {}));
+      multiply_twice<PRECISION>(left, rows, a.first, a.activation, *a.second, scratch, made,
+                                write([](vfloat (&)[2]) FASTRANK_INLINE_LAMBDA {}));
     if (a.norm_weight == nullptr) return;
     for (int64_t row = 0; row < rows; ++row)
       layer_norm_row<true>(last.columns, out + row * last.columns, a.residual + (begin + row) * last.columns, a.norm_weight,
@@ -56,13 +61,15 @@ void bf16_forward(const LinearForward& a) {
 }  // namespace
 
 LinearLayout linear_layout(Precision precision) {
-  if (precision == Precision::BF16) return {PANEL, 2, TILE_DEPTH};
-  return avx512::linear_layout(precision);
+  return precision == Precision::INT8 ? avx512::linear_layout(precision) : LinearLayout{PANEL, 2, TILE_DEPTH};
 }
 
 void linear_forward(const LinearForward& arguments) {
-  if (arguments.first.precision == Precision::BF16) return bf16_forward(arguments);
-  avx512::linear_forward(arguments);
+  switch (arguments.first.precision) {
+    case Precision::FLOAT32: return forward<Precision::FLOAT32>(arguments);
+    case Precision::BF16: return forward<Precision::BF16>(arguments);
+    case Precision::INT8: return avx512::linear_forward(arguments);
+  }
 }
 
 }  // namespace fastrank::FASTRANK_ISA

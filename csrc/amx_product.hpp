@@ -1,8 +1,13 @@
-// Products of bf16 in tiles: a block of rows times weights in panels. Every 32 rows by 32 columns of the result are handed over
-// in float32 while the matrix unit is at the next ones.
+// Products in tiles: a block of rows times weights in panels. Every 32 rows by 32 columns of the result are handed over in float32
+// while the matrix unit is at the next ones.
+//
+// Tiles multiply bf16. A float32 is the sum of three numbers of bf16, and of the nine products of their parts the six that float32
+// does not round away make up the product of two: wrong by less than one made of float32's own instructions, in half their time
+// (Henry, Tang and Heinecke 2019, arXiv 1904.06376).
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "amx.hpp"
 #include "gelu_values.hpp"
@@ -18,40 +23,92 @@ static_assert(SIDE == TILE_DEPTH, "what is written for 32 columns is one step of
 
 inline int64_t divide_up(int64_t n, int64_t step) { return (n + step - 1) / step; }
 
-// The left side of a product, rounded: 32 rows by 32 of the depth lie together, then the depth, then the rows. Rows that fill the
-// last 32 up need not be written: they change no others.
-struct RoundedRows {
+// The left side of a product in PARTS parts: 32 rows by 32 of the depth lie together, then the parts, the depth, the rows. Rows
+// that fill the last 32 up need not be written: they change no others.
+template <int PARTS>
+struct LeftRows {
   uint16_t* data;
   int64_t steps;  // of the depth
 
   static int64_t floats(int64_t rows, int64_t depth) {
-    return divide_up(rows, SIDE) * divide_up(depth, TILE_DEPTH) * SIDE_NUMBERS / 2;
+    return divide_up(rows, SIDE) * divide_up(depth, TILE_DEPTH) * PARTS * SIDE_NUMBERS / 2;
   }
-  static RoundedRows taken(Scratch& scratch, int64_t rows, int64_t depth) {
+  static LeftRows taken(Scratch& scratch, int64_t rows, int64_t depth) {
     return {reinterpret_cast<uint16_t*>(scratch.take(floats(rows, depth))), divide_up(depth, TILE_DEPTH)};
   }
 
   FASTRANK_INLINE uint16_t* at(int64_t row, int64_t step) const {
-    return data + (row / SIDE * steps + step) * SIDE_NUMBERS + row % SIDE * TILE_DEPTH;
+    return data + (row / SIDE * steps + step) * PARTS * SIDE_NUMBERS + row % SIDE * TILE_DEPTH;
   }
-  // Where the second row is past the last one it fills up.
-  FASTRANK_INLINE void write_two_rows(int64_t row, int64_t step, const vfloat (&x)[4]) const {
-    uint16_t* const place = at(row, step);
-    store_bf16(place, x[0], x[1]);
-    store_bf16(place + TILE_DEPTH, x[2], x[3]);
+  FASTRANK_INLINE void write(int64_t row, int64_t step, vfloat low, vfloat high) const {
+    store_parts<PARTS>(at(row, step), SIDE_NUMBERS, low, high);
   }
   // The depth is filled up with zeros.
   FASTRANK_INLINE void write(int64_t row, const float* x, int64_t depth) const {
     for (int64_t step = 0; step < steps; ++step, x += TILE_DEPTH, depth -= TILE_DEPTH) {
       if (depth >= TILE_DEPTH) {
-        store_bf16(at(row, step), load(x), load(x + LANES));
+        write(row, step, load(x), load(x + LANES));
       } else {
         float filled[TILE_DEPTH] = {};
         std::copy_n(x, depth, filled);
-        store_bf16(at(row, step), load(filled), load(filled + LANES));
+        write(row, step, load(filled), load(filled + LANES));
       }
     }
   }
+};
+
+// Weights as tiles take them: a line has two neighbours along the depth of each of 16 columns; the lines of 32 columns by 32 of
+// the depth lie together, then the parts, the depth, the columns. Those of bf16 lie so in memory. Of float32, lines in memory have
+// the same order, and the parts of a panel are made while the one before is multiplied.
+constexpr int64_t LINES = SIDE_NUMBERS / TILE_DEPTH;
+
+template <Precision PRECISION>
+class Panels {
+ public:
+  static_assert(PRECISION != Precision::INT8, "multiplied as bf16: to scale sums of integers would take longer than products do");
+  static constexpr bool ARE_MADE = PRECISION == Precision::FLOAT32;
+  static constexpr int PARTS = ARE_MADE ? 3 : 1;
+
+  // Scratch memory for products along so many steps of the depth.
+  static int64_t floats(int64_t steps) { return ARE_MADE ? 2 * steps * PARTS * SIDE_NUMBERS / 2 : 0; }
+
+  Panels(const LinearWeights& weights, int64_t first_step, int64_t steps, float* made)
+      : weights(weights),
+        first_line(first_step * LINES),
+        all_lines(divide_up(weights.depth, TILE_DEPTH) * LINES),
+        steps(steps),
+        made(reinterpret_cast<uint16_t*>(made)) {}
+
+  const uint16_t* at(int64_t panel) const {
+    return ARE_MADE ? made_line(panel, 0) : reinterpret_cast<const uint16_t*>(in_memory(panel, 0));
+  }
+  int64_t lines() const { return steps * LINES; }
+  // One of the lines of a panel: fetched from afar, or its parts made and fetched what those of the panel after it are made of.
+  FASTRANK_INLINE void make(int64_t panel, int64_t line) const {
+    const Number* const numbers = in_memory(panel, line);
+    if constexpr (ARE_MADE) {
+      const Number* const later = numbers + all_lines * TILE_DEPTH;
+      prefetch_to_l2(later);
+      prefetch_to_l2(later + LANES);
+      store_parts<PARTS>(made_line(panel, line), SIDE_NUMBERS, load(numbers), load(numbers + LANES));
+    } else {
+      prefetch_to_l2(numbers);
+    }
+  }
+
+ private:
+  using Number = std::conditional_t<ARE_MADE, float, uint16_t>;
+
+  FASTRANK_INLINE const Number* in_memory(int64_t panel, int64_t line) const {
+    return static_cast<const Number*>(weights.panels) + (panel * all_lines + first_line + line) * TILE_DEPTH;
+  }
+  FASTRANK_INLINE uint16_t* made_line(int64_t panel, int64_t line) const {
+    return made + (panel % 2 * steps + line / LINES) * PARTS * SIDE_NUMBERS + line % LINES * TILE_DEPTH;
+  }
+
+  const LinearWeights& weights;
+  int64_t first_line, all_lines, steps;
+  uint16_t* made;
 };
 
 // Sums of a few panels that are carried from one part of the depth to the next; tiles keep them in full.
@@ -64,21 +121,62 @@ struct CarriedSums {
   }
 };
 
-// Adds products along `steps` of the depth to tiles 0 to 3, with HALF only the upper 16 rows; after each step, between().
-template <bool HALF, class Between>
+// Tiles 4 and 5 are the left side's rows, 6 and 7 the right side's columns, 0 to 3 their sums. HALF: only the upper 16 rows.
+template <bool HALF>
+FASTRANK_INLINE void load_left(const uint16_t* rows) {
+  FASTRANK_TILE_LOAD(4, rows, TILE_BYTES / TILE);
+  if constexpr (!HALF) FASTRANK_TILE_LOAD(5, rows + TILE_BYTES / 2, TILE_BYTES / TILE);
+}
+FASTRANK_INLINE void load_right(const uint16_t* columns) {
+  FASTRANK_TILE_LOAD(6, columns, 2 * TILE_BYTES / TILE);
+  FASTRANK_TILE_LOAD(7, columns + TILE_DEPTH, 2 * TILE_BYTES / TILE);
+}
+template <bool HALF>
+FASTRANK_INLINE void add_products() {
+  FASTRANK_TILE_MULTIPLY(0, 4, 6);
+  FASTRANK_TILE_MULTIPLY(1, 4, 7);
+  if constexpr (!HALF) FASTRANK_TILE_MULTIPLY(2, 5, 6);
+  if constexpr (!HALF) FASTRANK_TILE_MULTIPLY(3, 5, 7);
+}
+
+// How far apart the steps of the depth and the parts are on the left side.
+struct Strides {
+  int64_t step, part;
+};
+template <int PARTS>
+constexpr Strides OF_LEFT_ROWS{PARTS * SIDE_NUMBERS, SIDE_NUMBERS};
+
+// Adds products along `steps` of the depth to tiles 0 to 3; after each step, between().
+template <bool HALF, int PARTS, class Between>
 FASTRANK_INLINE void multiply_tiles(const uint16_t* left, const uint16_t* right, int64_t steps, const Between& between,
-                                   int64_t left_stride = SIDE_NUMBERS) {
-  for (int64_t step = 0; step < steps; ++step, left += left_stride, right += SIDE_NUMBERS) {
-    FASTRANK_TILE_LOAD(4, left, TILE_BYTES / TILE);
-    FASTRANK_TILE_LOAD(6, right, 2 * TILE_BYTES / TILE);
-    FASTRANK_TILE_MULTIPLY(0, 4, 6);
-    FASTRANK_TILE_LOAD(7, right + TILE_DEPTH, 2 * TILE_BYTES / TILE);
-    FASTRANK_TILE_MULTIPLY(1, 4, 7);
-    if constexpr (!HALF) {
-      FASTRANK_TILE_LOAD(5, left + TILE_BYTES / 2, TILE_BYTES / TILE);
-      FASTRANK_TILE_MULTIPLY(2, 5, 6);
-      FASTRANK_TILE_MULTIPLY(3, 5, 7);
+                                   const Strides& strides = OF_LEFT_ROWS<PARTS>) {
+  static_assert(PARTS == 1 || PARTS == 3);
+  if constexpr (PARTS == 3) {
+    const uint16_t *l = left, *r = right;
+    // The small products first, while sums are small. In this order each needs one side more.
+    for (int64_t step = 0; step < steps; ++step, l += strides.step, r += PARTS * SIDE_NUMBERS) {
+      load_left<HALF>(l + 2 * strides.part);
+      load_right(r);
+      add_products<HALF>();
+      between();
+      load_left<HALF>(l + strides.part);
+      add_products<HALF>();
+      between();
+      load_right(r + SIDE_NUMBERS);
+      add_products<HALF>();
+      between();
+      load_left<HALF>(l);
+      add_products<HALF>();
+      between();
+      load_right(r + 2 * SIDE_NUMBERS);
+      add_products<HALF>();
+      between();
     }
+  }
+  for (int64_t step = 0; step < steps; ++step, left += strides.step, right += PARTS * SIDE_NUMBERS) {
+    load_left<HALF>(left);
+    load_right(right);
+    add_products<HALF>();
     between();
   }
 }
@@ -102,38 +200,41 @@ FASTRANK_INLINE void store_sums(float* sums, int64_t stride = SIDE) {
   FASTRANK_TILE_STORE(3, sums + TILE * stride + TILE, stride * sizeof(float));
 }
 
-// Two rows of 32 sums each. The second one may lie past the last row and is no number that counts then.
-struct TwoRows {
-  vfloat values[4];
+// 32 sums of a row with their bias.
+struct BiasedSums {
+  vfloat values[2];
 
-  FASTRANK_INLINE TwoRows(const float* sums, const float* bias) {
-    for (int v = 0; v < 4; ++v) values[v] = load(sums + v * LANES) + load(bias + v % 2 * LANES);
-  }
+  FASTRANK_INLINE BiasedSums(const float* sums, const float* bias)
+      : values{load(sums) + load(bias), load(sums + LANES) + load(bias + LANES)} {}
 };
 
-// Calls finish(row, rows left, column, sums) for each panel in [first_panel, last_panel) and every second row: the 32 sums of
-// that row from that column on, then those of the next row. A part of the depth that is not the last one calls nothing.
-// first_step: where `left` begins along the depth of the weights.
-template <class Finish>
-void multiply(const RoundedRows& left, int64_t rows, const LinearWeights& weights, int64_t first_panel, int64_t last_panel,
-              int64_t first_step, const CarriedSums& carried, const Finish& finish) {
-  const int64_t steps = left.steps, all_steps = divide_up(weights.depth, TILE_DEPTH), tiles = divide_up(rows, SIDE);
-  // The next panel is fetched from afar while this one is used.
-  const int64_t lines_each = divide_up(SIDE_NUMBERS * sizeof(uint16_t) / 64, tiles);
+// Calls finish(row, column, sums) for each row and each panel in [first_panel, last_panel): the 32 sums of that row from that
+// column on. A part of the depth that is not the last one calls nothing.
+// first_step: where `left` begins along the depth of the weights. made: scratch memory, Panels::floats(left.steps).
+template <Precision PRECISION, class Finish>
+void multiply(const LeftRows<Panels<PRECISION>::PARTS>& left, int64_t rows, const LinearWeights& weights, int64_t first_panel,
+              int64_t last_panel, int64_t first_step, const CarriedSums& carried, float* made, const Finish& finish) {
+  constexpr int PARTS = Panels<PRECISION>::PARTS;
+  const Panels<PRECISION> panels(weights, first_step, left.steps, made);
+  const int64_t steps = left.steps, tiles = divide_up(rows, SIDE);
+  constexpr int64_t turns_a_step = PARTS == 1 ? 1 : 6;
   alignas(64) float turns[2][SIDE_NUMBERS];
 
   struct {
     const float* sums = nullptr;
     int64_t row = 0, rows = 0, column = 0;
   } waiting;
-  const auto finish_two = [&](int64_t row) FASTRANK_INLINE_LAMBDA {
-    finish(waiting.row + row, waiting.rows - row, waiting.column, waiting.sums + row * SIDE);
+  const auto finish_one = [&](int64_t row) FASTRANK_INLINE_LAMBDA {
+    finish(waiting.row + row, waiting.column, waiting.sums + row * SIDE);
   };
-  before_tile_loads();
+  if (first_panel < last_panel)
+    for (int64_t line = 0; line < panels.lines(); ++line) panels.make(first_panel, line);
   int turn = 0;
   for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-    const uint16_t* const right = static_cast<const uint16_t*>(weights.panels) + (panel * all_steps + first_step) * SIDE_NUMBERS;
-    const char* next = reinterpret_cast<const char*>(right + all_steps * SIDE_NUMBERS);
+    const uint16_t* const right = panels.at(panel);
+    const int64_t lines = panel + 1 < last_panel ? panels.lines() : 0;
+    int64_t line = 0, lines_due = 0;
+    before_tile_loads();
     for (int64_t tile = 0; tile < tiles; ++tile) {
       float* const kept =
           carried.data == nullptr ? nullptr : carried.data + ((panel - first_panel) * tiles + tile) * SIDE_NUMBERS;
@@ -146,32 +247,37 @@ void multiply(const RoundedRows& left, int64_t rows, const LinearWeights& weight
       // Evenly along the depth: what is finished meanwhile takes as long as the matrix unit does, if that is GELU.
       int64_t finished = 0, due = 0;
       const auto between = [&]() FASTRANK_INLINE_LAMBDA {
-        for (int64_t line = 0; line < lines_each; ++line, next += 64) prefetch_to_l2(next);
-        for (due += SIDE / 2; due >= steps; due -= steps, finished += 2)
-          if (finished < waiting.rows) finish_two(finished);
+        for (lines_due += LINES; lines_due >= turns_a_step * tiles; lines_due -= turns_a_step * tiles)
+          if (line < lines) panels.make(panel + 1, line++);
+        for (due += SIDE; due >= turns_a_step * steps; due -= turns_a_step * steps, ++finished)
+          if (finished < waiting.rows) finish_one(finished);
       };
       if (height <= TILE)
-        multiply_tiles<true>(left.at(tile * SIDE, 0), right, steps, between);
+        multiply_tiles<true, PARTS>(left.at(tile * SIDE, 0), right, steps, between);
       else
-        multiply_tiles<false>(left.at(tile * SIDE, 0), right, steps, between);
+        multiply_tiles<false, PARTS>(left.at(tile * SIDE, 0), right, steps, between);
       store_sums(sums);
       waiting = {sums, tile * SIDE, carried.end ? height : 0, panel * PANEL};
     }
   }
-  for (int64_t row = 0; row < waiting.rows; row += 2) finish_two(row);
+  for (int64_t row = 0; row < waiting.rows; ++row) finish_one(row);
 }
 
-// Calls body(function of a few vectors, in place) with the activation.
-template <class Body>
+// Calls body(function of a few vectors, in place) with the activation, as exact as PARTS parts are.
+template <int PARTS, class Body>
 void with_activation(Activation activation, const Body& body) {
   const auto each = [](const auto& function) {
-    return [=](vfloat (&x)[4]) FASTRANK_INLINE_LAMBDA {
+    return [=](vfloat (&x)[2]) FASTRANK_INLINE_LAMBDA {
       for (vfloat& one : x) one = function(one);
     };
   };
   switch (activation) {
-    case Activation::NONE: return body([](vfloat (&)[4]) FASTRANK_INLINE_LAMBDA {});
-    case Activation::GELU: return body([](vfloat (&x)[4]) FASTRANK_INLINE_LAMBDA { gelu_for_bf16(x); });
+    case Activation::NONE: return body([](vfloat (&)[2]) FASTRANK_INLINE_LAMBDA {});
+    case Activation::GELU:
+      if constexpr (PARTS == 1)
+        return body([](vfloat (&x)[2]) FASTRANK_INLINE_LAMBDA { gelu_for_bf16(x); });
+      else
+        return body([](vfloat (&x)[2]) FASTRANK_INLINE_LAMBDA { gelu_erf_value(x); });
     case Activation::GELU_TANH: return body(each([](vfloat x) FASTRANK_INLINE_LAMBDA { return gelu_tanh(x).value; }));
     case Activation::RELU:
       return body(each([](vfloat x) FASTRANK_INLINE_LAMBDA { return select(x < splat(0.f), splat(0.f), x); }));
@@ -181,31 +287,33 @@ void with_activation(Activation activation, const Body& body) {
 constexpr int64_t PART_PANELS = 12;  // of what lies between two products: as much as is computed before the second one goes on
 
 // second(activation(first(left))), a few panels of the first product at a time: so what lies between takes little memory.
-// finish(row, column, sums) as in multiply().
-template <class Finish>
-void multiply_twice(const RoundedRows& left, int64_t rows, const LinearWeights& first, Activation activation,
-                    const LinearWeights& second, Scratch& scratch, const Finish& finish) {
+// finish(row, column, sums) and made as in multiply(), for the larger of left.steps and PART_PANELS.
+template <Precision PRECISION, class Finish>
+void multiply_twice(const LeftRows<Panels<PRECISION>::PARTS>& left, int64_t rows, const LinearWeights& first,
+                    Activation activation, const LinearWeights& second, Scratch& scratch, float* made, const Finish& finish) {
+  constexpr int PARTS = Panels<PRECISION>::PARTS;
   const int64_t panels = divide_up(first.columns, PANEL);
-  const RoundedRows between = RoundedRows::taken(scratch, rows, PART_PANELS * PANEL);
+  const auto between = LeftRows<PARTS>::taken(scratch, rows, PART_PANELS * PANEL);
   CarriedSums carried{scratch.take(CarriedSums::floats(rows, second.columns))};
-  with_activation(activation, [&](const auto& activate) {
+  with_activation<PARTS>(activation, [&](const auto& activate) {
     for (int64_t begin = 0; begin < panels; begin += PART_PANELS) {
       const int64_t end = std::min(begin + PART_PANELS, panels);
-      const RoundedRows part{between.data, end - begin};
-      multiply(left, rows, first, begin, end, 0, {},
-               [&](int64_t row, int64_t, int64_t column, const float* sums) FASTRANK_INLINE_LAMBDA {
-                 TwoRows x(sums, first.bias + column);
-                 activate(x.values);
-                 // Columns that fill up meet zeros in the second weights.
-                 part.write_two_rows(row, column / PANEL - begin, x.values);
-               });
+      const LeftRows<PARTS> part{between.data, end - begin};
+      multiply<PRECISION>(left, rows, first, begin, end, 0, {}, made,
+                          [&](int64_t row, int64_t column, const float* sums) FASTRANK_INLINE_LAMBDA {
+                            BiasedSums x(sums, first.bias + column);
+                            activate(x.values);
+                            // Columns that fill up meet zeros in the second weights.
+                            part.write(row, column / PANEL - begin, x.values[0], x.values[1]);
+                          });
       carried.begin = begin == 0, carried.end = end == panels;
-      multiply(part, rows, second, 0, divide_up(second.columns, PANEL), begin, carried, finish);
+      multiply<PRECISION>(part, rows, second, 0, divide_up(second.columns, PANEL), begin, carried, made, finish);
     }
   });
 }
-inline int64_t between_floats(int64_t rows, const LinearWeights& second) {
-  return RoundedRows::floats(rows, PART_PANELS * PANEL) + CarriedSums::floats(rows, second.columns) + 2 * 16;
+template <Precision PRECISION>
+int64_t between_floats(int64_t rows, const LinearWeights& second) {
+  return LeftRows<Panels<PRECISION>::PARTS>::floats(rows, PART_PANELS * PANEL) + CarriedSums::floats(rows, second.columns) + 2 * 16;
 }
 
 }  // namespace fastrank::FASTRANK_ISA

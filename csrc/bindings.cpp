@@ -197,12 +197,6 @@ fastrank::LinearWeights linear_weights(const PackedWeights& packed, const fastra
   return {precision, panels.data(), read(scales), read(sums), bias.data(), columns, depth};
 }
 
-fastrank::LinearWeights bf16_weights(const PackedWeights& packed, const fastrank::Kernels& table) {
-  const auto weights = linear_weights(packed, table);
-  if (weights.precision != fastrank::Precision::BF16) throw std::invalid_argument("the layers take bf16 weights");
-  return weights;
-}
-
 // Weight, bias and eps of a LayerNorm; and a layer: qkv, attention_output and its norm, up, down and the last norm.
 using PackedNorm = std::tuple<Array<float>, Array<float>, float>;
 using PackedLayer = std::tuple<PackedWeights, PackedWeights, PackedNorm, PackedWeights, PackedWeights, PackedNorm>;
@@ -497,7 +491,12 @@ PYBIND11_MODULE(_cpu, m) {
         require(hidden / num_heads % 32 == 0 && hidden / num_heads >= 32 && hidden / num_heads <= 128,
                 "expected heads of 32, 64, 96 or 128 columns");
         require(attended.ndim() == 2 && attended.shape(0) == pairs && attended.shape(1) == hidden, "expected attended (pairs, hidden)");
-        const auto weights = [&table](const PackedWeights& packed) { return bf16_weights(packed, table); };
+        const auto weights = [&](const PackedWeights& packed) {
+          const auto one = linear_weights(packed, table);
+          require(one.precision != fastrank::Precision::INT8 && std::get<0>(packed) == std::get<0>(query),
+                  "expected weights that are all float32 or all bf16");
+          return one;
+        };
         const auto norm = [](const PackedNorm& packed) {
           return fastrank::LayerNormWeights{std::get<0>(packed).data(), std::get<1>(packed).data(), std::get<2>(packed)};
         };
@@ -533,7 +532,7 @@ PYBIND11_MODULE(_cpu, m) {
         py::gil_scoped_release released;
         table.encoder_forward(arguments);
       },
-      "Takes x through layers of bf16 weights, and writes the attention of each pair's first token in a last one.",
+      "Takes x through layers of float32 or of bf16 weights, and writes the attention of each pair's first token in a last one.",
       py::arg("x").noconvert(), py::arg("offsets").noconvert(), py::arg("num_heads"), py::arg("scale"), py::arg("layers"),
       py::arg("activation"), py::arg("query"), py::arg("key_value"), py::arg("attended").noconvert(), py::arg("num_threads"));
 

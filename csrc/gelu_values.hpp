@@ -9,19 +9,17 @@ struct ValueAndSlope {
   vfloat value, slope;
 };
 
-// (1 + 2t) erfcx(t) for q = (t - 2) / (t + 2), t on [0, 10]: a Chebyshev fit of degree 9, relative error 2e-8.
-inline vfloat scaled_erfc(vfloat q) {
-  vfloat p = splat(-0.00041006560786627233f);
-  p = p * q - 0.0012424589367583394f;
-  p = p * q + 0.0013205977156758308f;
-  p = p * q + 0.008643677458167076f;
-  p = p * q - 0.008061454631388187f;
-  p = p * q - 0.05420796945691109f;
-  p = p * q + 0.1640554815530777f;
-  p = p * q - 0.16603106260299683f;
-  p = p * q - 0.0927639901638031f;
-  p = p * q + 1.2769783735275269f;
-  return p;
+// Of each q = (t - 2) / (t + 2), t on [0, 10], (1 + 2t) erfcx(t): a Chebyshev fit of degree 9, relative error 2e-8.
+template <int N>
+inline __attribute__((always_inline)) void scaled_erfc(vfloat (&q)[N]) {
+  constexpr float COEFFICIENTS[] = {-0.0012424589367583394f, 0.0013205977156758308f, 0.008643677458167076f,
+                                    -0.008061454631388187f,  -0.05420796945691109f,  0.1640554815530777f,
+                                    -0.16603106260299683f,   -0.0927639901638031f,   1.2769783735275269f};
+  vfloat p[N];
+  for (int i = 0; i < N; ++i) p[i] = splat(-0.00041006560786627233f);
+  for (const float coefficient : COEFFICIENTS)
+    for (int i = 0; i < N; ++i) p[i] = p[i] * q[i] + coefficient;
+  for (int i = 0; i < N; ++i) q[i] = p[i];
 }
 
 // x * Phi(x), Phi the normal distribution function: its lower tail is exp(-x^2/2) * erfcx(|x| / sqrt 2) / 2, which keeps full
@@ -29,9 +27,10 @@ inline vfloat scaled_erfc(vfloat q) {
 inline ValueAndSlope gelu_erf(vfloat x) {
   const vfloat t = abs(x) * 0.70710678118654752f;
   const vfloat q = (t - 2.f) / (t + 2.f);
-  const vfloat p = scaled_erfc(q);
+  vfloat p[1] = {q};
+  scaled_erfc(p);
   const vfloat bell = exp(x * x * -0.5f);
-  const vfloat tail = 0.5f * bell * p / (1.f + 2.f * t);
+  const vfloat tail = 0.5f * bell * p[0] / (1.f + 2.f * t);
   const vfloat phi = select(x < splat(0.f), tail, 1.f - tail);
   // Past |x| = 14 the tail is 0 in float32; the fit must not be asked there, and x may be infinite.
   const vint far = abs(x) > splat(14.f);
@@ -42,14 +41,26 @@ inline ValueAndSlope gelu_erf(vfloat x) {
   return {select(x == x, value, x), select(x == x, slope, x)};
 }
 
-// The value alone, as above with one division and a cheaper exponential.
+// The value alone, as above with one division and a cheaper exponential. A step at a time for all vectors, so that their chains of
+// instructions overlap.
+template <int N>
+inline __attribute__((always_inline)) void gelu_erf_value(vfloat (&x)[N]) {
+  vfloat size[N], t[N], inverse[N], bell[N], tail[N];
+  for (int i = 0; i < N; ++i) size[i] = min(abs(x[i]), splat(14.f));  // the tail is 0 in float32 from there on
+  for (int i = 0; i < N; ++i) t[i] = size[i] * 0.70710678118654752f;
+  for (int i = 0; i < N; ++i) inverse[i] = 1.f / ((t[i] + 2.f) * (1.f + 2.f * t[i]));
+  for (int i = 0; i < N; ++i) bell[i] = size[i] * size[i] * -0.5f;
+  exp_nonpositive(bell);
+  for (int i = 0; i < N; ++i) tail[i] = (t[i] - 2.f) * ((1.f + 2.f * t[i]) * inverse[i]);
+  scaled_erfc(tail);
+  for (int i = 0; i < N; ++i) tail[i] = 0.5f * bell[i] * tail[i] * ((t[i] + 2.f) * inverse[i]);
+  for (int i = 0; i < N; ++i) tail[i] = select(x[i] < splat(0.f), tail[i], 1.f - tail[i]);
+  for (int i = 0; i < N; ++i) x[i] = max(splat(-20.f), x[i]) * tail[i];  // max keeps NaN, and -infinity * 0 from being one
+}
 inline vfloat gelu_erf_value(vfloat x) {
-  const vfloat size = min(abs(x), splat(14.f));  // the tail is 0 in float32 from there on
-  const vfloat t = size * 0.70710678118654752f;
-  const vfloat sum = t + 2.f, divisor = 1.f + 2.f * t;
-  const vfloat inverse = 1.f / (sum * divisor);
-  const vfloat tail = 0.5f * exp_nonpositive(size * size * -0.5f) * scaled_erfc((t - 2.f) * (divisor * inverse)) * (sum * inverse);
-  return max(splat(-20.f), x) * select(x < splat(0.f), tail, 1.f - tail);  // max keeps NaN, and -infinity * 0 from being one
+  vfloat one[1] = {x};
+  gelu_erf_value(one);
+  return one[0];
 }
 
 // x * Phi(x) with an odd polynomial for Phi(x) - 1/2 on [-end, end], of which `ratio` gives what x is multiplied by, from x^2;

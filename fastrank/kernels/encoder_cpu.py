@@ -1,8 +1,8 @@
 """The layers of an encoder in one call of C++ (csrc/encoder.hpp), where the processor multiplies bf16 in matrix units:
 every thread takes whole pairs through all layers, so that what lies between two products stays in its cache.
 
-What is computed is what fastrank.ops would, one operation after the other, with q, k, v, the probabilities and what
-attention gives rounded to bf16, as a model does whose products are bf16.
+What is computed is what fastrank.ops would, one operation after the other. Where products are of bf16, q, k, v, the
+probabilities and what attention gives are rounded to it, too, as in a model whose products are bf16.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The layers of a frozen encoder in one call, on a CPU whose matrix units multiply bf16 (AMX).
+"""The layers of a frozen encoder in one call, on a CPU with matrix units (AMX).
 
 encoder.Layer defines what is computed; fastrank.kernels.encoder_cpu says what is rounded beside. The layers are not
 called as modules: hooks on them or on what is in them do not run.
@@ -37,7 +37,7 @@ def suits(layers: Sequence[Layer], x: Tensor) -> bool:
     return (
         encoder_cpu.runs()
         and encoder_cpu.takes(layers[0].heads[1])
-        and all(frozen is not None and frozen.precision != "float32" for frozen in products)
+        and all(frozen is not None and frozen.precision == layers[0].up.frozen.precision for frozen in products)
     )
 
 
