@@ -1,6 +1,6 @@
-// encoder.hpp in matrix units. Products and attention are of as many parts as the weights' precision has (amx_product.hpp): beside
-// those of bf16, q, k, v, probabilities and what attention gives are rounded to bf16. Sums, softmax, residuals and
-// LayerNorm are float32. A pair's numbers depend on no other pair.
+// encoder.hpp in matrix units. Products and attention are of as many parts as the weights' precision has (amx_product.hpp): with
+// one, q, k, v, probabilities and what attention gives are rounded to bf16. Sums, softmax, residuals and LayerNorm are float32. A
+// pair's numbers depend on no other pair.
 #include "encoder.hpp"
 
 #include <limits>
@@ -98,8 +98,8 @@ void pack_values(const HeadRows<PARTS>& rows, int64_t panel, int64_t row, int64_
                               key + 1 < keys ? rows.at(panel + step, row + key + 1, part) : NOTHING);
 }
 
-// Probabilities of ROWS queries but for the inverses of their sums, which come beside; 0 for missing keys. A phase and a vector at
-// a time over all rows, so that chains of instructions overlap.
+// Probabilities of ROWS queries but for the inverses of their sums, which come beside; 0 for missing keys. A phase and a vector
+// at a time over all rows, so that chains of instructions overlap.
 template <int ROWS, int PARTS>
 FASTRANK_INLINE void softmax_rows(const float* scores, int64_t stride, int64_t keys, float scale, uint16_t* probabilities,
                                   float* inverse_sums) {

@@ -1,5 +1,6 @@
-// linear.cpp's products in matrix units, but for those of int8, which are avx512's. Blocks of rows stay in the second cache from the first product to the LayerNorm. An
-// element is summed along the whole depth in one order, whatever tile, block or thread computes it.
+// linear.cpp's products in matrix units, but for those of int8, which are avx512's. Blocks of rows stay in the second cache from
+// the first product to the LayerNorm. An element is summed along the whole depth in one order, whatever tile, block or thread
+// computes it.
 #include "amx_product.hpp"
 #include "layer_norm_row.hpp"
 #include "threads.hpp"

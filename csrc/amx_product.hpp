@@ -1,9 +1,9 @@
-// Products in tiles: a block of rows times weights in panels. Every 32 rows by 32 columns of the result are handed over in float32
-// while the matrix unit is at the next ones.
+// Products in tiles: a block of rows times weights in panels. Every 32 rows by 32 columns of the result are handed over in
+// float32 while the matrix unit is at the next ones.
 //
-// Tiles multiply bf16. A float32 is the sum of three numbers of bf16, and of the nine products of their parts the six that float32
-// does not round away make up the product of two: wrong by less than one made of float32's own instructions, in half their time
-// (Henry, Tang and Heinecke 2019, arXiv 1904.06376).
+// Tiles multiply bf16. A float32 is the sum of three numbers of bf16, and of the nine products of their parts the six that
+// float32 does not round away make up the product of two: wrong by less than one made of float32's own instructions, in half
+// their time (Henry, Tang and Heinecke 2019, arXiv 1904.06376).
 #pragma once
 
 #include <algorithm>
@@ -58,8 +58,8 @@ struct LeftRows {
 };
 
 // Weights as tiles take them: a line has two neighbours along the depth of each of 16 columns; the lines of 32 columns by 32 of
-// the depth lie together, then the parts, the depth, the columns. Those of bf16 lie so in memory. Of float32, lines in memory have
-// the same order, and the parts of a panel are made while the one before is multiplied.
+// the depth lie together, then the parts, the depth, the columns. Those of bf16 lie so in memory. Of float32, lines in memory
+// have the same order, and the parts of a panel are made while the one before is multiplied.
 constexpr int64_t LINES = SIDE_NUMBERS / TILE_DEPTH;
 
 template <Precision PRECISION>
@@ -313,7 +313,8 @@ void multiply_twice(const LeftRows<Panels<PRECISION>::PARTS>& left, int64_t rows
 }
 template <Precision PRECISION>
 int64_t between_floats(int64_t rows, const LinearWeights& second) {
-  return LeftRows<Panels<PRECISION>::PARTS>::floats(rows, PART_PANELS * PANEL) + CarriedSums::floats(rows, second.columns) + 2 * 16;
+  const int64_t between = LeftRows<Panels<PRECISION>::PARTS>::floats(rows, PART_PANELS * PANEL);
+  return between + CarriedSums::floats(rows, second.columns) + 2 * 16;
 }
 
 }  // namespace fastrank::FASTRANK_ISA
