@@ -36,6 +36,7 @@ class Tiles {
 inline __attribute__((always_inline)) void before_tile_loads() { asm volatile("" ::: "memory"); }
 
 #define FASTRANK_TILE_LOAD(tile, from, stride) _tile_loadd(tile, from, stride)
+#define FASTRANK_TILE_LOAD_ONCE(tile, from, stride) _tile_stream_loadd(tile, from, stride)  // takes no place in the first cache
 #define FASTRANK_TILE_STORE(tile, to, stride) _tile_stored(tile, to, stride)
 #define FASTRANK_TILE_ZERO(tile) _tile_zero(tile)
 // sums[row][column] += sum over sixteen pairs of bf16 along the depth: the first numbers of all pairs are summed, and the second

@@ -38,10 +38,10 @@ struct HeadRows {
 
 // left W^T + bias.
 template <Precision PRECISION>
-void project(const LeftRows<Panels<PRECISION>::PARTS>& left, int64_t rows, const LinearWeights& weights, float* made,
+void project(const LeftRows<Panels<PRECISION>::PARTS>& left, int64_t rows, const LinearWeights& weights, const Scratch& scratch,
              const HeadRows<Panels<PRECISION>::PARTS>& out) {
   multiply<PRECISION>(
-      left, rows, weights, 0, weights.columns / PANEL, 0, {}, made,
+      left, rows, weights, 0, weights.columns / PANEL, 0, {}, scratch,
       [=, bias = weights.bias](int64_t row, int64_t column, const float* sums) FASTRANK_INLINE_LAMBDA {
         const BiasedSums x(sums, bias + column);
         store_parts<Panels<PRECISION>::PARTS>(out.at(column / PANEL, row), out.part_numbers, x.values[0], x.values[1]);
@@ -187,11 +187,12 @@ void encode(const EncoderForward& a, int64_t first, int64_t last) {
                                    HeadRows<PARTS>::floats(pairs, hidden) + LeftRows<PARTS>::floats(pairs, hidden) + 3 * 16;
   int64_t network_floats = 0;
   for (int64_t layer = 0; layer < a.num_layers; ++layer)
-    network_floats = std::max(network_floats, between_floats<PRECISION>(rows, a.layers[layer].down));
-  const int64_t made_floats = Panels<PRECISION>::floats(std::max(all_panels, PART_PANELS));
-  Scratch all(LeftRows<PARTS>::floats(rows, hidden) + made_floats + 2 * 16 + std::max(attention_floats, network_floats));
+    network_floats = std::max(network_floats, multiply_twice_floats<PRECISION>(rows, a.layers[layer].up, a.layers[layer].down));
+  const int64_t product_floats = multiply_floats<PRECISION>(rows, all_panels);
+  Scratch all(LeftRows<PARTS>::floats(rows, hidden) + product_floats + 16 + std::max(attention_floats, network_floats));
   const auto left = LeftRows<PARTS>::taken(all, rows, hidden);
-  float* const made = all.take(made_floats);
+  const Scratch of_products = all;
+  all.take(product_floats);
   Scratch of_attention = all;
   const auto heads = HeadRows<PARTS>::taken(of_attention, rows, 3 * hidden);
   const AttentionScratch<PARTS> scratch(of_attention, longest, a.head_dim);
@@ -217,7 +218,7 @@ void encode(const EncoderForward& a, int64_t first, int64_t last) {
 
   for (int64_t index = 0; index < a.num_layers; ++index) {
     const EncoderLayer& layer = a.layers[index];
-    project<PRECISION>(left, rows, layer.qkv, made, heads);
+    project<PRECISION>(left, rows, layer.qkv, of_products, heads);
     for (int64_t pair = first; pair < last; ++pair) {
       const int64_t row = a.offsets[pair] - begin, tokens = a.offsets[pair + 1] - a.offsets[pair];
       for (int64_t panel = 0; panel < all_panels; panel += panels)
@@ -226,19 +227,18 @@ void encode(const EncoderForward& a, int64_t first, int64_t last) {
                  left.write(row + query, panel + panel_of_head, low, high);
                });
     }
-    multiply<PRECISION>(left, rows, layer.attention_output, 0, all_panels, 0, {}, made, add_to_x(layer.attention_output.bias));
+    multiply<PRECISION>(left, rows, layer.attention_output, 0, all_panels, 0, {}, of_products, add_to_x(layer.attention_output.bias));
     normalise(layer.attention_norm);
-    Scratch of_network = all;
-    multiply_twice<PRECISION>(left, rows, layer.up, a.activation, layer.down, of_network, made, add_to_x(layer.down.bias));
+    multiply_twice<PRECISION>(left, rows, layer.up, a.activation, layer.down, all, add_to_x(layer.down.bias));
     normalise(layer.norm);
   }
 
-  project<PRECISION>(left, rows, a.key_value, made, heads);
+  project<PRECISION>(left, rows, a.key_value, of_products, heads);
   const auto of_first_tokens = LeftRows<PARTS>::taken(of_attention, pairs, hidden);
   const auto queries = HeadRows<PARTS>::taken(of_attention, pairs, hidden);
   for (int64_t pair = 0; pair < pairs; ++pair)
     of_first_tokens.write(pair, x + (a.offsets[first + pair] - begin) * hidden, hidden);
-  project<PRECISION>(of_first_tokens, pairs, a.query, made, queries);
+  project<PRECISION>(of_first_tokens, pairs, a.query, of_products, queries);
   for (int64_t pair = first; pair < last; ++pair) {
     const int64_t row = a.offsets[pair] - begin, tokens = a.offsets[pair + 1] - a.offsets[pair];
     for (int64_t panel = 0; panel < all_panels; panel += panels)

@@ -22,12 +22,10 @@ void forward(const LinearForward& a) {
   const int64_t block = std::clamp<int64_t>(round_up(divide_up(a.rows, a.num_threads), TILE), TILE, BLOCK_ROWS);
   parallel_for(divide_up(a.rows, block), a.num_threads, [&](int64_t task) {
     const int64_t begin = task * block, rows = std::min(block, a.rows - begin);
-    const int64_t steps = divide_up(a.first.depth, TILE_DEPTH);
-    const int64_t made_floats = Panels<PRECISION>::floats(a.second == nullptr ? steps : std::max(steps, PART_PANELS));
-    Scratch scratch(LeftRows<PARTS>::floats(rows, a.first.depth) + made_floats + 2 * 16 +
-                    (a.second == nullptr ? 0 : between_floats<PRECISION>(rows, last)));
+    Scratch scratch(LeftRows<PARTS>::floats(rows, a.first.depth) + 16 +
+                    (a.second == nullptr ? multiply_floats<PRECISION>(rows, divide_up(a.first.depth, TILE_DEPTH))
+                                         : multiply_twice_floats<PRECISION>(rows, a.first, last)));
     const auto left = LeftRows<PARTS>::taken(scratch, rows, a.first.depth);
-    float* const made = scratch.take(made_floats);
     for (int64_t row = 0; row < rows; ++row) left.write(row, a.x + (begin + row) * a.first.depth, a.first.depth);
 
     const int64_t group_columns = last.columns / a.groups, group_stride = a.rows * group_columns;
@@ -47,10 +45,10 @@ void forward(const LinearForward& a) {
     const Tiles tiles;
     if (a.second == nullptr)
       with_activation<PARTS>(a.activation, [&](const auto& activate) {
-        multiply<PRECISION>(left, rows, a.first, 0, divide_up(last.columns, PANEL), 0, {}, made, write(activate));
+        multiply<PRECISION>(left, rows, a.first, 0, divide_up(last.columns, PANEL), 0, {}, scratch, write(activate));
       });
     else
-      multiply_twice<PRECISION>(left, rows, a.first, a.activation, *a.second, scratch, made,
+      multiply_twice<PRECISION>(left, rows, a.first, a.activation, *a.second, scratch,
                                 write([](vfloat (&)[2]) FASTRANK_INLINE_LAMBDA {}));
     if (a.norm_weight == nullptr) return;
     for (int64_t row = 0; row < rows; ++row)

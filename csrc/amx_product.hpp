@@ -69,15 +69,14 @@ class Panels {
   static constexpr bool ARE_MADE = PRECISION == Precision::FLOAT32;
   static constexpr int PARTS = ARE_MADE ? 3 : 1;
 
-  // Scratch memory for products along so many steps of the depth.
   static int64_t floats(int64_t steps) { return ARE_MADE ? 2 * steps * PARTS * SIDE_NUMBERS / 2 : 0; }
 
-  Panels(const LinearWeights& weights, int64_t first_step, int64_t steps, float* made)
+  Panels(const LinearWeights& weights, int64_t first_step, int64_t steps, Scratch& scratch)
       : weights(weights),
         first_line(first_step * LINES),
         all_lines(divide_up(weights.depth, TILE_DEPTH) * LINES),
         steps(steps),
-        made(reinterpret_cast<uint16_t*>(made)) {}
+        made(reinterpret_cast<uint16_t*>(scratch.take(floats(steps)))) {}
 
   const uint16_t* at(int64_t panel) const {
     return ARE_MADE ? made_line(panel, 0) : reinterpret_cast<const uint16_t*>(in_memory(panel, 0));
@@ -122,10 +121,16 @@ struct CarriedSums {
 };
 
 // Tiles 4 and 5 are the left side's rows, 6 and 7 the right side's columns, 0 to 3 their sums. HALF: only the upper 16 rows.
-template <bool HALF>
+// ONCE: they will not be wanted again before the first cache has lost them.
+template <bool HALF, bool ONCE = false>
 FASTRANK_INLINE void load_left(const uint16_t* rows) {
-  FASTRANK_TILE_LOAD(4, rows, TILE_BYTES / TILE);
-  if constexpr (!HALF) FASTRANK_TILE_LOAD(5, rows + TILE_BYTES / 2, TILE_BYTES / TILE);
+  if constexpr (ONCE) {
+    FASTRANK_TILE_LOAD_ONCE(4, rows, TILE_BYTES / TILE);
+    if constexpr (!HALF) FASTRANK_TILE_LOAD_ONCE(5, rows + TILE_BYTES / 2, TILE_BYTES / TILE);
+  } else {
+    FASTRANK_TILE_LOAD(4, rows, TILE_BYTES / TILE);
+    if constexpr (!HALF) FASTRANK_TILE_LOAD(5, rows + TILE_BYTES / 2, TILE_BYTES / TILE);
+  }
 }
 FASTRANK_INLINE void load_right(const uint16_t* columns) {
   FASTRANK_TILE_LOAD(6, columns, 2 * TILE_BYTES / TILE);
@@ -147,7 +152,7 @@ template <int PARTS>
 constexpr Strides OF_LEFT_ROWS{PARTS * SIDE_NUMBERS, SIDE_NUMBERS};
 
 // Adds products along `steps` of the depth to tiles 0 to 3; after each step, between().
-template <bool HALF, int PARTS, class Between>
+template <bool HALF, int PARTS, bool ONCE = false, class Between>
 FASTRANK_INLINE void multiply_tiles(const uint16_t* left, const uint16_t* right, int64_t steps, const Between& between,
                                    const Strides& strides = OF_LEFT_ROWS<PARTS>) {
   static_assert(PARTS == 1 || PARTS == 3);
@@ -174,7 +179,7 @@ FASTRANK_INLINE void multiply_tiles(const uint16_t* left, const uint16_t* right,
     }
   }
   for (int64_t step = 0; step < steps; ++step, left += strides.step, right += PARTS * SIDE_NUMBERS) {
-    load_left<HALF>(left);
+    load_left<HALF, ONCE>(left);
     load_right(right);
     add_products<HALF>();
     between();
@@ -208,17 +213,27 @@ struct BiasedSums {
       : values{load(sums) + load(bias), load(sums + LANES) + load(bias + LANES)} {}
 };
 
+// The most steps of the depth that are summed for all rows before the next ones are: so many of a panel's lines of bf16 stay in the
+// first cache, while the left side's pass by.
+constexpr int64_t RUN_STEPS = 12;
+
+// Scratch memory of multiply().
+template <Precision PRECISION>
+int64_t multiply_floats(int64_t rows, int64_t steps) {
+  return Panels<PRECISION>::floats(steps) + CarriedSums::floats(rows, PANEL) + 2 * 16;
+}
+
 // Calls finish(row, column, sums) for each row and each panel in [first_panel, last_panel): the 32 sums of that row from that
 // column on. A part of the depth that is not the last one calls nothing.
-// first_step: where `left` begins along the depth of the weights. made: scratch memory, Panels::floats(left.steps).
+// first_step: where `left` begins along the depth of the weights.
 template <Precision PRECISION, class Finish>
 void multiply(const LeftRows<Panels<PRECISION>::PARTS>& left, int64_t rows, const LinearWeights& weights, int64_t first_panel,
-              int64_t last_panel, int64_t first_step, const CarriedSums& carried, float* made, const Finish& finish) {
+              int64_t last_panel, int64_t first_step, const CarriedSums& carried, Scratch scratch, const Finish& finish) {
   constexpr int PARTS = Panels<PRECISION>::PARTS;
-  const Panels<PRECISION> panels(weights, first_step, left.steps, made);
-  const int64_t steps = left.steps, tiles = divide_up(rows, SIDE);
-  constexpr int64_t turns_a_step = PARTS == 1 ? 1 : 6;
-  alignas(64) float turns[2][SIDE_NUMBERS];
+  constexpr int64_t TURNS = PARTS == 1 ? 1 : 6;  // of between() at each step
+  const Panels<PRECISION> panels(weights, first_step, left.steps, scratch);
+  const int64_t tiles = divide_up(rows, SIDE), run_steps = PARTS == 1 ? std::min(RUN_STEPS, left.steps) : left.steps;
+  float* const sums_of_panel = scratch.take(CarriedSums::floats(rows, PANEL));
 
   struct {
     const float* sums = nullptr;
@@ -229,35 +244,39 @@ void multiply(const LeftRows<Panels<PRECISION>::PARTS>& left, int64_t rows, cons
   };
   if (first_panel < last_panel)
     for (int64_t line = 0; line < panels.lines(); ++line) panels.make(first_panel, line);
-  int turn = 0;
   for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-    const uint16_t* const right = panels.at(panel);
     const int64_t lines = panel + 1 < last_panel ? panels.lines() : 0;
     int64_t line = 0, lines_due = 0;
     before_tile_loads();
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      float* const kept =
-          carried.data == nullptr ? nullptr : carried.data + ((panel - first_panel) * tiles + tile) * SIDE_NUMBERS;
-      float* const sums = kept == nullptr ? turns[turn ^= 1] : kept;
-      if (carried.begin)
-        clear_sums();
-      else
-        load_sums(kept);
-      const int64_t height = std::min(SIDE, rows - tile * SIDE);
-      // Evenly along the depth: what is finished meanwhile takes as long as the matrix unit does, if that is GELU.
-      int64_t finished = 0, due = 0;
-      const auto between = [&]() FASTRANK_INLINE_LAMBDA {
-        for (lines_due += LINES; lines_due >= turns_a_step * tiles; lines_due -= turns_a_step * tiles)
-          if (line < lines) panels.make(panel + 1, line++);
-        for (due += SIDE; due >= turns_a_step * steps; due -= turns_a_step * steps, ++finished)
-          if (finished < waiting.rows) finish_one(finished);
-      };
-      if (height <= TILE)
-        multiply_tiles<true, PARTS>(left.at(tile * SIDE, 0), right, steps, between);
-      else
-        multiply_tiles<false, PARTS>(left.at(tile * SIDE, 0), right, steps, between);
-      store_sums(sums);
-      waiting = {sums, tile * SIDE, carried.end ? height : 0, panel * PANEL};
+    for (int64_t step = 0; step < left.steps; step += run_steps) {
+      const int64_t steps = std::min(run_steps, left.steps - step);
+      const bool ends = step + steps == left.steps && carried.end;
+      const uint16_t* const right = panels.at(panel) + step * PARTS * SIDE_NUMBERS;
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        // Sums are finished before the next ones are stored; only those of a run have to be kept until the next run.
+        float* const sums = carried.data != nullptr     ? carried.data + ((panel - first_panel) * tiles + tile) * SIDE_NUMBERS
+                            : run_steps == left.steps ? sums_of_panel
+                                                      : sums_of_panel + tile * SIDE_NUMBERS;
+        if (step == 0 && carried.begin)
+          clear_sums();
+        else
+          load_sums(sums);
+        const int64_t height = std::min(SIDE, rows - tile * SIDE);
+        // Evenly along the depth: what is finished meanwhile takes as long as the matrix unit does, if that is GELU.
+        int64_t finished = 0, due = 0;
+        const auto between = [&]() FASTRANK_INLINE_LAMBDA {
+          for (lines_due += LINES; lines_due >= TURNS * tiles; lines_due -= TURNS * tiles)
+            if (line < lines) panels.make(panel + 1, line++);
+          for (due += SIDE; due >= TURNS * steps; due -= TURNS * steps, ++finished)
+            if (finished < waiting.rows) finish_one(finished);
+        };
+        if (height <= TILE)
+          multiply_tiles<true, PARTS, true>(left.at(tile * SIDE, step), right, steps, between);
+        else
+          multiply_tiles<false, PARTS, true>(left.at(tile * SIDE, step), right, steps, between);
+        store_sums(sums);
+        waiting = {sums, tile * SIDE, ends ? height : 0, panel * PANEL};
+      }
     }
   }
   for (int64_t row = 0; row < waiting.rows; ++row) finish_one(row);
@@ -287,10 +306,10 @@ void with_activation(Activation activation, const Body& body) {
 constexpr int64_t PART_PANELS = 12;  // of what lies between two products: as much as is computed before the second one goes on
 
 // second(activation(first(left))), a few panels of the first product at a time: so what lies between takes little memory.
-// finish(row, column, sums) and made as in multiply(), for the larger of left.steps and PART_PANELS.
+// finish(row, column, sums) as in multiply().
 template <Precision PRECISION, class Finish>
 void multiply_twice(const LeftRows<Panels<PRECISION>::PARTS>& left, int64_t rows, const LinearWeights& first,
-                    Activation activation, const LinearWeights& second, Scratch& scratch, float* made, const Finish& finish) {
+                    Activation activation, const LinearWeights& second, Scratch scratch, const Finish& finish) {
   constexpr int PARTS = Panels<PRECISION>::PARTS;
   const int64_t panels = divide_up(first.columns, PANEL);
   const auto between = LeftRows<PARTS>::taken(scratch, rows, PART_PANELS * PANEL);
@@ -299,7 +318,7 @@ void multiply_twice(const LeftRows<Panels<PRECISION>::PARTS>& left, int64_t rows
     for (int64_t begin = 0; begin < panels; begin += PART_PANELS) {
       const int64_t end = std::min(begin + PART_PANELS, panels);
       const LeftRows<PARTS> part{between.data, end - begin};
-      multiply<PRECISION>(left, rows, first, begin, end, 0, {}, made,
+      multiply<PRECISION>(left, rows, first, begin, end, 0, {}, scratch,
                           [&](int64_t row, int64_t column, const float* sums) FASTRANK_INLINE_LAMBDA {
                             BiasedSums x(sums, first.bias + column);
                             activate(x.values);
@@ -307,14 +326,15 @@ void multiply_twice(const LeftRows<Panels<PRECISION>::PARTS>& left, int64_t rows
                             part.write(row, column / PANEL - begin, x.values[0], x.values[1]);
                           });
       carried.begin = begin == 0, carried.end = end == panels;
-      multiply<PRECISION>(part, rows, second, 0, divide_up(second.columns, PANEL), begin, carried, made, finish);
+      multiply<PRECISION>(part, rows, second, 0, divide_up(second.columns, PANEL), begin, carried, scratch, finish);
     }
   });
 }
 template <Precision PRECISION>
-int64_t between_floats(int64_t rows, const LinearWeights& second) {
+int64_t multiply_twice_floats(int64_t rows, const LinearWeights& first, const LinearWeights& second) {
   const int64_t between = LeftRows<Panels<PRECISION>::PARTS>::floats(rows, PART_PANELS * PANEL);
-  return between + CarriedSums::floats(rows, second.columns) + 2 * 16;
+  return between + CarriedSums::floats(rows, second.columns) + 2 * 16 +
+         multiply_floats<PRECISION>(rows, std::max(PART_PANELS, divide_up(first.depth, TILE_DEPTH)));
 }
 
 }  // namespace fastrank::FASTRANK_ISA
