@@ -67,13 +67,14 @@ inline __attribute__((always_inline)) void prefetch_to_l2(const void* line) {
   _mm_prefetch(static_cast<const char*>(line), _MM_HINT_T1);
 }
 
-// 2^x for x <= 0, wrong by at most 3e-6 of itself; -infinity gives 0, NaN stays NaN. A step at a time for all vectors.
+// 2^x, wrong by at most 7.5e-5 of itself, a twentieth of what rounding to bf16 does; -infinity gives 0, NaN stays NaN. A step at a
+// time for all vectors.
 template <int N>
-inline __attribute__((always_inline)) void exp2_nonpositive(vfloat (&x)[N]) {
-  constexpr float COEFFICIENTS[] = {5.20114619e-2f, 2.41442756e-1f, 6.93003835e-1f, 1.00000259f};
+inline __attribute__((always_inline)) void exp2_for_bf16(vfloat (&x)[N]) {
+  constexpr float COEFFICIENTS[] = {0.226067156f, 0.695833564f, 0.999925196f};
   vfloat f[N], p[N];
   for (int i = 0; i < N; ++i) f[i] = (vfloat)_mm512_maskz_reduce_ps(0xffff, (__m512)x[i], _MM_FROUND_TO_NEG_INF);  // x - floor(x)
-  for (int i = 0; i < N; ++i) p[i] = splat(1.35341672e-2f);
+  for (int i = 0; i < N; ++i) p[i] = splat(0.0780245215f);
   for (const float coefficient : COEFFICIENTS)
     for (int i = 0; i < N; ++i) p[i] = p[i] * f[i] + coefficient;
   for (int i = 0; i < N; ++i) x[i] = (vfloat)_mm512_maskz_scalef_ps(0xffff, (__m512)p[i], (__m512)x[i]);  // p * 2^floor(x)

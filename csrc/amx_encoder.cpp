@@ -117,7 +117,7 @@ FASTRANK_INLINE void softmax_rows(const float* scores, int64_t stride, int64_t k
     for (int r = 0; r < ROWS; ++r)
       for (int half = 0; half < 2; ++half) powers[2 * r + half] = (some(r, key + half * LANES) - highest[r]) * scale;
     if constexpr (PARTS == 1)
-      exp2_nonpositive(powers);
+      exp2_for_bf16(powers);
     else
       exp_nonpositive(powers);
     for (int r = 0; r < ROWS; ++r) {
@@ -211,8 +211,17 @@ void encode(const EncoderForward& a, int64_t first, int64_t last) {
   const auto normalise = [&](const LayerNormWeights& norm) {
     for (int64_t row = 0; row < rows; ++row) {
       float* const one = x + row * hidden;
-      layer_norm_row<false>(hidden, one, nullptr, norm.weight, norm.bias, norm.eps, one);
-      left.write(row, one, hidden);
+      const RowStatistics of_row = row_statistics(
+          hidden, one, norm.eps, [=](int64_t i, int64_t) FASTRANK_INLINE_LAMBDA { return load(one + i); });
+      for (int64_t step = 0; step < all_panels; ++step) {
+        vfloat normal[2];
+        for (int half = 0; half < 2; ++half) {
+          const int64_t i = step * PANEL + half * LANES;
+          normal[half] = (load(one + i) - of_row.mean) * of_row.inverse_deviation * load(norm.weight + i) + load(norm.bias + i);
+          store(one + i, normal[half]);
+        }
+        left.write(row, step, normal[0], normal[1]);
+      }
     }
   };
 

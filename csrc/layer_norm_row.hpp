@@ -34,31 +34,37 @@ struct RowStatistics {
   float mean, inverse_deviation;
 };
 
-// out = LayerNorm(x + residual) * weight + bias for one row; `row_sums` holds x + residual between, and may be x or out.
-template <bool RESIDUAL, class In, class Out>
-RowStatistics layer_norm_row(int64_t hidden, const In* x, const In* residual, const float* weight, const float* bias, float eps,
-                             float* row_sums, Out* out) {
+// Of one row; value(offset, floats from there on) gives its vectors, in order, which lie in `row` then.
+template <class Value>
+RowStatistics row_statistics(int64_t hidden, const float* row, float eps, const Value& value) {
   vfloat sums[4] = {};
-  for_row(hidden, [=, &sums](int64_t i, int64_t count, int lane) __attribute__((always_inline)) {
-    vfloat value = load_some(x + i, count);
-    if constexpr (RESIDUAL) value += load_some(residual + i, count);
-    store_some(row_sums + i, value, count);
-    sums[lane] += value;
-  });
+  for_row(hidden, [&](int64_t i, int64_t count, int lane) __attribute__((always_inline)) { sums[lane] += value(i, count); });
   const float mean = total(sums) / hidden;
 
   vfloat squares[4] = {};
   for_row(hidden, [=, &squares](int64_t i, int64_t count, int lane) __attribute__((always_inline)) {
-    const vfloat centred = load_some(row_sums + i, count, mean) - mean;
+    const vfloat centred = load_some(row + i, count, mean) - mean;
     squares[lane] += centred * centred;
   });
-  const float inverse_deviation = 1.f / std::sqrt(total(squares) / hidden + eps);
+  return {mean, 1.f / std::sqrt(total(squares) / hidden + eps)};
+}
 
+// out = LayerNorm(x + residual) * weight + bias for one row; `row_sums` holds x + residual between, and may be x or out.
+template <bool RESIDUAL, class In, class Out>
+RowStatistics layer_norm_row(int64_t hidden, const In* x, const In* residual, const float* weight, const float* bias, float eps,
+                             float* row_sums, Out* out) {
+  const auto value = [=](int64_t i, int64_t count) __attribute__((always_inline)) {
+    vfloat value = load_some(x + i, count);
+    if constexpr (RESIDUAL) value += load_some(residual + i, count);
+    store_some(row_sums + i, value, count);
+    return value;
+  };
+  const RowStatistics of_row = row_statistics(hidden, row_sums, eps, value);
   for_row(hidden, [=](int64_t i, int64_t count, int) __attribute__((always_inline)) {
-    const vfloat normal = (load_some(row_sums + i, count) - mean) * inverse_deviation;
+    const vfloat normal = (load_some(row_sums + i, count) - of_row.mean) * of_row.inverse_deviation;
     store_some(out + i, normal * load_some(weight + i, count) + load_some(bias + i, count), count);
   });
-  return {mean, inverse_deviation};
+  return of_row;
 }
 
 // The same in float32, where the sums lie in out itself; out may be x.
