@@ -213,8 +213,8 @@ struct BiasedSums {
       : values{load(sums) + load(bias), load(sums + LANES) + load(bias + LANES)} {}
 };
 
-// The most steps of the depth that are summed for all rows before the next ones are: so many of a panel's lines of bf16 stay in the
-// first cache, while the left side's pass by.
+// The most steps of the depth that are summed for all rows before the next ones are: so many of a panel's lines of bf16 stay in
+// the first cache while the left side's pass by.
 constexpr int64_t RUN_STEPS = 12;
 
 // Scratch memory of multiply().

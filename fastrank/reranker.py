@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     from fastrank.data import RankingList
 
 DEFAULT_MODEL = "cross-encoder/ms-marco-MiniLM-L6-v2"
-DEFAULT_MAX_BATCH_TOKENS = 2048  # on a CPU
-# Of a batch on a GPU: small models need more tokens to keep it busy while Python launches kernels.
-HIDDEN_NUMBERS = 2**26
+# Of a batch. Small models need more tokens to keep a GPU busy while Python launches kernels, and a CPU's threads until
+# the last of them is done; with more than this on a CPU, q, k and v would be memory that the system clears every time.
+HIDDEN_NUMBERS = {"cuda": 2**26, "cpu": 6144 * 384}
 # Pairs that a GPU is given at once: enough for several batches of one length each; with graphs, which start at once, no
 # more than keep it busy while the next ones are tokenized.
 PART_PAIRS, PART_PAIRS_BY_GRAPHS = 8192, 1024
@@ -198,8 +198,8 @@ class Reranker:
         self.tokenizer = tokenizer
         self.device = next(model.parameters()).device
         if max_batch_tokens is None:
-            on_gpu = self.device.type == "cuda"
-            max_batch_tokens = HIDDEN_NUMBERS // model.settings.hidden_size if on_gpu else DEFAULT_MAX_BATCH_TOKENS
+            kind = "cuda" if self.device.type == "cuda" else "cpu"
+            max_batch_tokens = max(1, HIDDEN_NUMBERS[kind] // model.settings.hidden_size)
         check_count("max_batch_tokens", max_batch_tokens)
         check_count("num_threads", num_threads, MAX_THREADS)
         self.max_batch_tokens = max_batch_tokens
