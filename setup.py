@@ -27,7 +27,7 @@ if X86:
     INSTRUCTION_SETS += [("avx2", 8, ["-mavx2", "-mfma"], KERNELS), ("avx512", 16, AVX512, KERNELS)]
 # Takes linear.cpp's place in avx512 where the processor has this, too: not every one with AVX-512 has.
 AVX512_BF16 = ("avx512_bf16", 16, [*AVX512, "-mavx512bf16"], ["csrc/linear.cpp"])
-# Products of bf16 in matrix units, beside avx512's kernels for everything else.
+# Products and whole layers in matrix units, beside avx512's kernels for everything else.
 AMX = ("amx", 16, [*AVX512_BF16[2], "-mamx-tile", "-mamx-bf16"], IN_TILES)
 # What the compiler, and the assembler behind it, must know for either.
 PROBES = {

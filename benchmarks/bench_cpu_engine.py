@@ -33,7 +33,7 @@ PEERS = {
     "OpenVINO": (OpenVino, ("float32", "bf16", "int8"), "nncf"),
 }
 NAMES = OURS + [f"{name} {dtype}" for name, (_, dtypes, _) in PEERS.items() for dtype in dtypes]
-# float32 must agree (scores spread by about 3). Rounding moves single scores the farther the deeper a model is, but they
+# float32 must agree (scores spread by about 3). Rounding moves single scores the farther the deeper a model is, but all
 # must still rank alike.
 LARGEST_DIFFERENCE = 1e-3
 LEAST_CORRELATION = {"bf16": 0.995, "int8": 0.95}

@@ -50,8 +50,8 @@ inline __attribute__((always_inline)) vint half_of(__m512i x) {
 }
 
 // Thirty-two numbers as PARTS lines of bf16, `stride` numbers apart: first the numbers rounded, to even where two are as near and
-// denormal ones to 0, then what that leaves, rounded, and so on. The sum of three is a float32 itself, unless it is infinite or
-// rounds to infinity (then the others are NaN) or less than 2^-102. Lines are lines of the cache.
+// denormal ones to 0, then what that leaves, rounded, and so on. The sum of three is a float32 itself, unless it is less than
+// 2^-102, or infinite, or rounds to infinity in bf16 (then the last ones are NaN). Lines are lines of the cache.
 template <int PARTS>
 inline __attribute__((always_inline)) void store_parts(uint16_t* out, int64_t stride, vfloat low, vfloat high) {
   for (int part = 0;; ++part) {
@@ -67,8 +67,8 @@ inline __attribute__((always_inline)) void prefetch_to_l2(const void* line) {
   _mm_prefetch(static_cast<const char*>(line), _MM_HINT_T1);
 }
 
-// 2^x, wrong by at most 7.5e-5 of itself, a twentieth of what rounding to bf16 does; -infinity gives 0, NaN stays NaN. A step at a
-// time for all vectors.
+// 2^x, wrong by at most 7.5e-5 of itself, a twentieth of what rounding to bf16 does; -infinity gives 0, NaN stays NaN. A step at
+// a time for all vectors.
 template <int N>
 inline __attribute__((always_inline)) void exp2_for_bf16(vfloat (&x)[N]) {
   constexpr float COEFFICIENTS[] = {0.226067156f, 0.695833564f, 0.999925196f};

@@ -236,7 +236,8 @@ void encode(const EncoderForward& a, int64_t first, int64_t last) {
                  left.write(row + query, panel + panel_of_head, low, high);
                });
     }
-    multiply<PRECISION>(left, rows, layer.attention_output, 0, all_panels, 0, {}, of_products, add_to_x(layer.attention_output.bias));
+    multiply<PRECISION>(left, rows, layer.attention_output, 0, all_panels, 0, {}, of_products,
+                        add_to_x(layer.attention_output.bias));
     normalise(layer.attention_norm);
     multiply_twice<PRECISION>(left, rows, layer.up, a.activation, layer.down, all, add_to_x(layer.down.bias));
     normalise(layer.norm);

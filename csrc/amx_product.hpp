@@ -3,7 +3,7 @@
 //
 // Tiles multiply bf16. A float32 is the sum of three numbers of bf16, and of the nine products of their parts the six that
 // float32 does not round away make up the product of two: wrong by less than one made of float32's own instructions, in half
-// their time (Henry, Tang and Heinecke 2019, arXiv 1904.06376).
+// their time (Henry, Tang and Heinecke 2019, arXiv 1904.06376), unless it is so small that parts of it are denormal.
 #pragma once
 
 #include <algorithm>
@@ -151,14 +151,18 @@ struct Strides {
 template <int PARTS>
 constexpr Strides OF_LEFT_ROWS{PARTS * SIDE_NUMBERS, SIDE_NUMBERS};
 
-// Adds products along `steps` of the depth to tiles 0 to 3; after each step, between().
+// How often multiply_tiles() calls between() at each step.
+template <int PARTS>
+constexpr int64_t TURNS = PARTS == 1 ? 1 : 6;
+
+// Adds products along `steps` of the depth to tiles 0 to 3, with a call of between() after those of one part with one part.
 template <bool HALF, int PARTS, bool ONCE = false, class Between>
 FASTRANK_INLINE void multiply_tiles(const uint16_t* left, const uint16_t* right, int64_t steps, const Between& between,
                                    const Strides& strides = OF_LEFT_ROWS<PARTS>) {
   static_assert(PARTS == 1 || PARTS == 3);
   if constexpr (PARTS == 3) {
     const uint16_t *l = left, *r = right;
-    // The small products first, while sums are small. In this order each needs one side more.
+    // The small products first, while these sums are small. In this order each needs one side more.
     for (int64_t step = 0; step < steps; ++step, l += strides.step, r += PARTS * SIDE_NUMBERS) {
       load_left<HALF>(l + 2 * strides.part);
       load_right(r);
@@ -220,7 +224,7 @@ constexpr int64_t RUN_STEPS = 12;
 // Scratch memory of multiply().
 template <Precision PRECISION>
 int64_t multiply_floats(int64_t rows, int64_t steps) {
-  return Panels<PRECISION>::floats(steps) + CarriedSums::floats(rows, PANEL) + 2 * 16;
+  return Panels<PRECISION>::floats(steps) + CarriedSums::floats(rows, PANEL);
 }
 
 // Calls finish(row, column, sums) for each row and each panel in [first_panel, last_panel): the 32 sums of that row from that
@@ -230,7 +234,6 @@ template <Precision PRECISION, class Finish>
 void multiply(const LeftRows<Panels<PRECISION>::PARTS>& left, int64_t rows, const LinearWeights& weights, int64_t first_panel,
               int64_t last_panel, int64_t first_step, const CarriedSums& carried, Scratch scratch, const Finish& finish) {
   constexpr int PARTS = Panels<PRECISION>::PARTS;
-  constexpr int64_t TURNS = PARTS == 1 ? 1 : 6;  // of between() at each step
   const Panels<PRECISION> panels(weights, first_step, left.steps, scratch);
   const int64_t tiles = divide_up(rows, SIDE), run_steps = PARTS == 1 ? std::min(RUN_STEPS, left.steps) : left.steps;
   float* const sums_of_panel = scratch.take(CarriedSums::floats(rows, PANEL));
@@ -253,7 +256,8 @@ void multiply(const LeftRows<Panels<PRECISION>::PARTS>& left, int64_t rows, cons
       const bool ends = step + steps == left.steps && carried.end;
       const uint16_t* const right = panels.at(panel) + step * PARTS * SIDE_NUMBERS;
       for (int64_t tile = 0; tile < tiles; ++tile) {
-        // Sums are finished before the next ones are stored; only those of a run have to be kept until the next run.
+        // With one run a block of 32 x 32 serves all tiles, since its sums are finished before the next ones are stored; with
+        // several, each tile's are kept until its next run.
         float* const sums = carried.data != nullptr     ? carried.data + ((panel - first_panel) * tiles + tile) * SIDE_NUMBERS
                             : run_steps == left.steps ? sums_of_panel
                                                       : sums_of_panel + tile * SIDE_NUMBERS;
@@ -265,15 +269,16 @@ void multiply(const LeftRows<Panels<PRECISION>::PARTS>& left, int64_t rows, cons
         // Evenly along the depth: what is finished meanwhile takes as long as the matrix unit does, if that is GELU.
         int64_t finished = 0, due = 0;
         const auto between = [&]() FASTRANK_INLINE_LAMBDA {
-          for (lines_due += LINES; lines_due >= TURNS * tiles; lines_due -= TURNS * tiles)
+          for (lines_due += LINES; lines_due >= TURNS<PARTS> * tiles; lines_due -= TURNS<PARTS> * tiles)
             if (line < lines) panels.make(panel + 1, line++);
-          for (due += SIDE; due >= TURNS * steps; due -= TURNS * steps, ++finished)
+          for (due += SIDE; due >= TURNS<PARTS> * steps; due -= TURNS<PARTS> * steps, ++finished)
             if (finished < waiting.rows) finish_one(finished);
         };
+        constexpr bool HALF = true, ONCE = true;
         if (height <= TILE)
-          multiply_tiles<true, PARTS, true>(left.at(tile * SIDE, step), right, steps, between);
+          multiply_tiles<HALF, PARTS, ONCE>(left.at(tile * SIDE, step), right, steps, between);
         else
-          multiply_tiles<false, PARTS, true>(left.at(tile * SIDE, step), right, steps, between);
+          multiply_tiles<!HALF, PARTS, ONCE>(left.at(tile * SIDE, step), right, steps, between);
         store_sums(sums);
         waiting = {sums, tile * SIDE, ends ? height : 0, panel * PANEL};
       }
@@ -333,7 +338,7 @@ void multiply_twice(const LeftRows<Panels<PRECISION>::PARTS>& left, int64_t rows
 template <Precision PRECISION>
 int64_t multiply_twice_floats(int64_t rows, const LinearWeights& first, const LinearWeights& second) {
   const int64_t between = LeftRows<Panels<PRECISION>::PARTS>::floats(rows, PART_PANELS * PANEL);
-  return between + CarriedSums::floats(rows, second.columns) + 2 * 16 +
+  return between + CarriedSums::floats(rows, second.columns) +
          multiply_floats<PRECISION>(rows, std::max(PART_PANELS, divide_up(first.depth, TILE_DEPTH)));
 }
 

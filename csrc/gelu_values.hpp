@@ -41,8 +41,8 @@ inline ValueAndSlope gelu_erf(vfloat x) {
   return {select(x == x, value, x), select(x == x, slope, x)};
 }
 
-// The value alone, as above with one division and a cheaper exponential. A step at a time for all vectors, so that their chains of
-// instructions overlap.
+// The value alone, as above with one division and a cheaper exponential. A step at a time for all vectors, so that their chains
+// of instructions overlap.
 template <int N>
 inline __attribute__((always_inline)) void gelu_erf_value(vfloat (&x)[N]) {
   vfloat size[N], t[N], inverse[N], bell[N], tail[N];

@@ -45,7 +45,7 @@ namespace avx2 { extern const Kernels kernels; }
 namespace avx512 { extern const Kernels kernels; }
 // Where the compiler knows AVX512_BF16: linear.cpp compiled with it. Everything else is avx512's.
 namespace avx512_bf16 { void linear_forward(const LinearForward& arguments); }
-// Where it knows AMX, too: products of bf16 in matrix units. Everything else is avx512's.
+// Where it knows AMX, too: products and whole layers in matrix units. Everything else is avx512's.
 namespace amx {
 LinearLayout linear_layout(Precision precision);
 void linear_forward(const LinearForward& arguments);

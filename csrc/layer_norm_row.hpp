@@ -34,7 +34,8 @@ struct RowStatistics {
   float mean, inverse_deviation;
 };
 
-// Of one row; value(offset, floats from there on) gives its vectors, in order, which lie in `row` then.
+// Of one row. value(offset, floats from there on) returns each of its vectors once, in order, and has written it to `row` by then
+// if it did not lie there before.
 template <class Value>
 RowStatistics row_statistics(int64_t hidden, const float* row, float eps, const Value& value) {
   vfloat sums[4] = {};
@@ -54,10 +55,10 @@ template <bool RESIDUAL, class In, class Out>
 RowStatistics layer_norm_row(int64_t hidden, const In* x, const In* residual, const float* weight, const float* bias, float eps,
                              float* row_sums, Out* out) {
   const auto value = [=](int64_t i, int64_t count) __attribute__((always_inline)) {
-    vfloat value = load_some(x + i, count);
-    if constexpr (RESIDUAL) value += load_some(residual + i, count);
-    store_some(row_sums + i, value, count);
-    return value;
+    vfloat sum = load_some(x + i, count);
+    if constexpr (RESIDUAL) sum += load_some(residual + i, count);
+    store_some(row_sums + i, sum, count);
+    return sum;
   };
   const RowStatistics of_row = row_statistics(hidden, row_sums, eps, value);
   for_row(hidden, [=](int64_t i, int64_t count, int) __attribute__((always_inline)) {

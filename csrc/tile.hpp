@@ -172,7 +172,8 @@ inline void add_outer_products(const float* left, int64_t left_stride, int64_t d
   }
 }
 
-// Working memory of one thread, kept from call to call and grown as needed; aligned to a cache line.
+// Working memory of one thread, kept from call to call and grown as needed; aligned to a cache line. Who is handed a copy takes
+// from what is left, and gives it back when it returns.
 class Scratch {
  public:
   explicit Scratch(int64_t floats) {

@@ -253,8 +253,9 @@ def linear(
     a view (rows, groups, columns of a group) of memory in which each group stands by itself, as attention reads its
     heads. bf16 weights: x is rounded to bf16, sums are float32, and "gelu" is a polynomial that is wrong by at most
     1.2e-5. int8 weights: blocks of a row of x are quantised by themselves, the product of integers is exact, and "gelu"
-    is wrong by at most 1.9e-4; matrix units (FASTRANK_CPU_ISA=amx) take them as bf16. In the C++ kernel a row's result
-    does not depend on other rows.
+    is wrong by at most 1.9e-4; matrix units (FASTRANK_CPU_ISA=amx) take them as bf16. float32 is multiplied there in
+    three parts of bf16: numbers that are infinite or above 3.39e38 give NaN, and products below 1e-33 lose digits. In
+    the C++ kernel a row's result does not depend on other rows.
     Raises ValueError with the offending shapes, and where a gradient is asked for.
     """
     last = first if second is None else second

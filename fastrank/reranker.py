@@ -37,8 +37,9 @@ if TYPE_CHECKING:
     from fastrank.data import RankingList
 
 DEFAULT_MODEL = "cross-encoder/ms-marco-MiniLM-L6-v2"
-# Of a batch. Small models need more tokens to keep a GPU busy while Python launches kernels, and a CPU's threads until
-# the last of them is done; with more than this on a CPU, q, k and v would be memory that the system clears every time.
+# Of a batch. A small model needs more tokens to keep a GPU busy while Python launches kernels; on a CPU threads wait
+# less often for the last of them. A CPU's q, k and v stay just below 32 MiB, from where malloc asks the system for
+# memory anew, and has it cleared, every time.
 HIDDEN_NUMBERS = {"cuda": 2**26, "cpu": 6144 * 384}
 # Pairs that a GPU is given at once: enough for several batches of one length each; with graphs, which start at once, no
 # more than keep it busy while the next ones are tokenized.

@@ -100,7 +100,7 @@ def assert_accurate(x: Tensor, offsets: Tensor, num_heads: int, made: tuple, act
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize(("heads", "head_dim"), [(1, 32), (3, 32), (2, 64), (1, 96), (2, 128), (12, 32)])
+@pytest.mark.parametrize(("heads", "head_dim"), [(1, 32), (3, 32), (2, 64), (1, 96), (2, 128), (12, 32), (13, 32)])
 def test_accuracy(heads, head_dim, precision):
     hidden = heads * head_dim
     made = make(hidden, 4 * hidden, seed=heads, precision=precision)
