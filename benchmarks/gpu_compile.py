@@ -59,7 +59,8 @@ def _compile_some(jobs: list[Job]) -> list[str]:
             for _, kind, _ in one.checks
         ]
         try:
-            one.kernel.run(*arguments, grid=(1,), warmup=True, **one.keywords)
+            keywords = one.keywords(torch.cuda.get_device_capability())
+            one.kernel.run(*arguments, grid=(1,), warmup=True, **keywords)
         except Exception as error:
             lines.append(f"{op} {name} {dict(changes)}: {type(error).__name__}: {error}"[:300])
     return lines

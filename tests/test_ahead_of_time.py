@@ -1,4 +1,5 @@
-"""Every Triton configuration that can be launched compiles for two generations of GPUs and spills no register.
+"""Every Triton configuration that can be launched compiles for two generations of GPUs and spills no register, or a few
+where it is held to fewer than the compiler would take.
 
 What the compiler said is on record (ahead_of_time.json); what is not is compiled, and so are a few of the others, drawn
 anew each time, for which it must say the same. It needs no GPU.
@@ -56,7 +57,8 @@ def compiled(request):
 )
 def test_a_configuration_compiles_without_spills(op, name, capability, compiled):
     resources = compiled(op, name, capability)
-    assert complaints(resources, capability) == []
+    is_held = "maxnreg" in TABLES[op][name].options(divmod(capability, 10))
+    assert complaints(resources, capability, is_held=is_held) == []
     if capability == 90 and op == "attention":
         constants = TABLES[op][name].constants
         # Matrix units of this generation take 64 rows at once, from 4 warps.
@@ -81,6 +83,7 @@ def test_the_gate_sees_spills():
 
     assert complaints(resources(32), 90) == []
     assert "registers are spilled" in complaints(resources(2048), 90)[0]
+    assert "registers are spilled" in complaints(resources(8192), 90, is_held=True)[0]
 
 
 def test_the_gate_knows_how_much_shared_memory_there_is():

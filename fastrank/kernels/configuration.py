@@ -71,7 +71,9 @@ class Configuration:
         constants: The compile-time values.
         num_warps: Warps of 32 threads a program.
         num_stages: Depth of software pipelining.
-        max_registers: The most that a thread may take, where the compiler would take more.
+        max_registers: The most that a thread may take on GPUs of compute capability 9, where the compiler would take
+            more: matrix units read from shared memory there, and more programs at a time hide more waiting. Elsewhere
+            products hold what they multiply in registers, and would spill.
     """
 
     kernel: Callable
@@ -84,7 +86,8 @@ class Configuration:
     def run(self, num_programs: int, arguments: Sequence[Tensor | int | float]) -> CompiledKernel | None:
         """Launches it through triton, on the current device, with arguments that have been checked; returns what was
         compiled, which is nothing in triton's interpreter."""
-        return self.kernel[(num_programs,)](*arguments, **self.keywords)
+        capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+        return self.kernel[(num_programs,)](*arguments, **self.keywords(capability))
 
     def run_compiled(self, num_programs: int, device: int, values: Sequence[int | float]) -> bool:
         """Launches it on the current device, whose index `device` is, with addresses in place of tensors; False where
@@ -118,10 +121,9 @@ class Configuration:
         """The compile-time values, which stand behind the run-time arguments."""
         return tuple(self.constants[name] for name in self.kernel.arg_names[len(self.types) :])
 
-    @functools.cached_property
-    def keywords(self) -> dict[str, object]:
-        """Compile-time values and options, as a launch passes them."""
-        return {**self.constants, **self.options}
+    def keywords(self, capability: tuple[int, int]) -> dict[str, object]:
+        """Compile-time values and options, as a launch on a GPU of this compute capability passes them."""
+        return {**self.constants, **self.options(capability)}
 
     @functools.cached_property
     def checks(self) -> tuple[tuple[str, torch.dtype | type, bool], ...]:
@@ -139,11 +141,11 @@ class Configuration:
         """Arguments that are multiples of ALIGNMENT."""
         return self.kernel.aligned
 
-    @property
-    def options(self) -> dict[str, object]:
+    def options(self, capability: tuple[int, int]) -> dict[str, object]:
+        """The compiler's, for a GPU of this compute capability."""
         # Fusing is asked for: triton 3.10 no longer does it by itself.
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
-        return options if self.max_registers is None else options | {"maxnreg": self.max_registers}
+        return options | {"maxnreg": self.max_registers} if self.max_registers and capability[0] == 9 else options
 
 
 def configure(
@@ -152,6 +154,7 @@ def configure(
     constants: Mapping[str, object],
     num_warps: int = 4,
     num_stages: int = 1,
+    max_registers: int | None = None,
 ) -> Configuration:
     """The configuration of a kernel whose arguments have these types, by name without _ptr; numbers that have none are
     i32. KeyError for a pointer that has none."""
@@ -160,7 +163,7 @@ def configure(
         if name not in constants:
             what = name.removesuffix("_ptr")
             known[name] = types[what] if what in types or what != name else "i32"
-    return Configuration(kernel, known, constants, num_warps, num_stages)
+    return Configuration(kernel, known, constants, num_warps, num_stages, max_registers)
 
 
 class Launch:

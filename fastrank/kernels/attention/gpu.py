@@ -32,25 +32,26 @@ from fastrank.kernels.configuration import (
 
 HEAD_DIMS = (32, 64, 128)
 # Of short pairs, by head dimension and the longest pair of a kernel. The forward's: tile of queries, how many of these,
-# keys, more keys behind them, warps, stages. The backward's: tile of queries, tile of keys, how many of these, warps,
-# stages. Longer pairs are long ones. Chosen by measurement on an H200 among those that spill no register on sm_80.
+# keys, more keys behind them, warps, stages, registers at most. The backward's: tile of queries, tile of keys, how many
+# of these, warps, stages. Longer pairs are long ones. Chosen by measurement on an H200.
 FORWARD_TILES = {
     32: {
-        32: (32, 1, 32, 0, 2, 2),
-        64: (64, 1, 64, 0, 4, 2),
-        96: (64, 2, 64, 32, 4, 2),
-        128: (64, 2, 128, 0, 4, 2),
+        32: (32, 1, 32, 0, 2, 2, None),
+        64: (64, 1, 64, 0, 4, 2, None),
+        96: (64, 2, 64, 32, 4, 2, 128),
+        128: (64, 2, 128, 0, 4, 2, 128),
     },
     64: {
-        32: (32, 1, 32, 0, 2, 2),
-        64: (64, 1, 64, 0, 4, 2),
-        128: (128, 1, 128, 0, 8, 2),
+        32: (32, 1, 32, 0, 2, 2, None),
+        64: (64, 1, 64, 0, 4, 2, None),
+        96: (128, 1, 64, 32, 8, 2, 128),
+        128: (128, 1, 128, 0, 8, 2, 128),
     },
     128: {
-        32: (32, 1, 32, 0, 2, 1),
-        64: (64, 1, 64, 0, 4, 1),
-        96: (128, 1, 64, 32, 8, 1),
-        128: (64, 2, 128, 0, 8, 1),
+        32: (32, 1, 32, 0, 2, 1, None),
+        64: (64, 1, 64, 0, 4, 1, None),
+        96: (128, 1, 64, 32, 8, 1, None),
+        128: (64, 2, 128, 0, 8, 1, None),
     },
 }
 BACKWARD_TILES = {
@@ -60,31 +61,39 @@ BACKWARD_TILES = {
 }
 # A forward of short pairs has more heads a program where it would have more programs than so many: it loads the next
 # head's rows while it computes. Where pairs of up to 64 tokens are alone in a batch, there are loads enough without.
+# That of long ones looks its tile up once for all its heads.
 PROGRAMS = 4096
 PROGRAMS_OF_ALIKE = {32: 1 << 30, 64: 8192, 128: 8192}
+PROGRAMS_OF_LONG = 8192
 FEW = 16  # queries of a tile where queries have offsets of their own: the fewest that a matrix unit takes
 LOG2_E = math.log2(math.e)
 ENDS = ("begins", "ends")
 
 
 def _configure(
-    kernel: Callable, dtype: torch.dtype, num_warps: int, num_stages: int = 1, **constants: object
+    kernel: Callable,
+    dtype: torch.dtype,
+    num_warps: int,
+    num_stages: int = 1,
+    max_registers: int | None = None,
+    **constants: object,
 ) -> Configuration:
     types = dict.fromkeys(("q", "k", "v", "out", "dout", "dq", "dk", "dv"), POINTERS[dtype]) | {"scale": "fp32"}
     types |= dict.fromkeys(("highest", "log_totals", "delta"), "*fp32")
     types |= dict.fromkeys(("tiles", *(f"{side}{end}" for side in ("", "query_", "key_") for end in ENDS)), "*i32")
-    return configure(kernel, types, constants, num_warps, num_stages)
+    return configure(kernel, types, constants, num_warps, num_stages, max_registers)
 
 
 def _short_configurations(dtype: torch.dtype, head_dim: int) -> dict[str, Configuration]:
     made = {}
     shortest = 1
-    for longest, (queries, query_tiles, keys, more, warps, stages) in FORWARD_TILES[head_dim].items():
+    for longest, (queries, query_tiles, keys, more, warps, stages, registers) in FORWARD_TILES[head_dim].items():
         made[f"forward {longest}"] = _configure(
             gpu_kernels.attention_short_forward_kernel,
             dtype,
             warps,
             stages,
+            registers,
             HEAD_DIM=head_dim,
             BLOCK_QUERIES=queries,
             QUERY_TILES=query_tiles,
@@ -121,7 +130,8 @@ def _configurations(dtype: torch.dtype, head_dim: int) -> dict[str, Configuratio
     exact = {"IS_EXACT": dtype == torch.float32}
     for name, queries in (("long", tile["BLOCK_QUERIES"]), ("few", FEW)):
         cut = tile | {"BLOCK_QUERIES": queries} | exact
-        made[f"forward {name}"] = _configure(gpu_kernels.attention_forward_kernel, dtype, warps, stages, **cut)
+        held = 128 if head_dim == 64 and name == "long" and dtype != torch.float32 else None
+        made[f"forward {name}"] = _configure(gpu_kernels.attention_forward_kernel, dtype, warps, stages, held, **cut)
         if head_dim == 128:
             warps = 8  # with 4 the backward would spill
         # Few queries have small gradients, in which the rounding of out that is in delta would be seen.
@@ -375,7 +385,9 @@ def forward_launches(
     if not cuts.are_shared or cuts.may_hold(above + 1, cuts.num_keys):
         name = "forward long" if cuts.are_shared else "forward few"
         tiles = cuts.cut("query", _tile(name, q)[0], above)
-        yield _prepare(name, q, len(tiles) * heads, q, k, v, out, *statistics, *rows, tiles, heads, *numbers)
+        each = min(max(1, len(tiles) * heads // PROGRAMS_OF_LONG), heads)
+        programs = len(tiles) * -(-heads // each)
+        yield _prepare(name, q, programs, q, k, v, out, *statistics, *rows, tiles, heads, each, *numbers)
 
 
 def backward_launches(

@@ -15,12 +15,19 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def find_tile(tiles_ptr, num_heads):
-    """Pair, head and first row of this program; neighbours are heads of one pair, whose rows lie side by side.
-    tiles_ptr lists pair and first row of each tile; pair is -1 behind the last."""
+def find_heads(num_heads, heads_each):
+    """Which tile or pair is this program's, its first head and number of heads: groups of heads_each of one follow each
+    other, since their rows lie side by side."""
+    groups = (num_heads + heads_each - 1) // heads_each
     program = tl.program_id(0)
-    tile = program // num_heads
-    return tl.load(tiles_ptr + 2 * tile), program % num_heads, tl.load(tiles_ptr + 2 * tile + 1)
+    first_head = program % groups * heads_each
+    return program // groups, first_head, tl.minimum(heads_each, num_heads - first_head)
+
+
+@triton.jit
+def find_tile(tiles_ptr, tile):
+    """Pair, -1 behind the last, and first row of a tile."""
+    return tl.load(tiles_ptr + 2 * tile), tl.load(tiles_ptr + 2 * tile + 1)
 
 
 @triton.jit
@@ -70,6 +77,7 @@ def attention_forward_kernel(
     key_ends_ptr,
     tiles_ptr,
     num_heads,
+    heads_each,
     num_queries,
     q_token_step,
     q_head_step,
@@ -85,44 +93,49 @@ def attention_forward_kernel(
 ):
     """out (queries, heads, HEAD_DIM), and (heads, queries) the logarithm of what a row is divided by; IS_EXACT: with
     the highest score beside it, which is part of it otherwise."""
-    pair, head, first_row = find_tile(tiles_ptr, num_heads)
+    tile, first_head, heads_here = find_heads(num_heads, heads_each)
+    pair, first_row = find_tile(tiles_ptr, tile)
     if pair < 0:
         return
     query_begin, length = find_rows(query_begins_ptr, query_ends_ptr, pair)
     key_begin, num_keys = find_rows(key_begins_ptr, key_ends_ptr, pair)
     rows = first_row + tl.arange(0, BLOCK_QUERIES)
-    q = load_rows(place(q_ptr, query_begin, q_token_step, head, q_head_step), rows, length, q_token_step, HEAD_DIM)
-    k_at = place(k_ptr, key_begin, k_token_step, head, k_head_step)
-    v_at = place(v_ptr, key_begin, v_token_step, head, v_head_step)
-    highest = tl.full((BLOCK_QUERIES,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_QUERIES,), tl.float32)
-    out = tl.zeros((BLOCK_QUERIES, HEAD_DIM), tl.float32)
-    for first_key in range(0, num_keys, BLOCK_KEYS):
-        keys = first_key + tl.arange(0, BLOCK_KEYS)
-        k = load_columns(k_at, keys, num_keys, k_token_step, HEAD_DIM)
-        v = load_rows(v_at, keys, num_keys, v_token_step, HEAD_DIM)
-        scores = tl.where(keys[None, :] < num_keys, tl.dot(q, k, input_precision="ieee"), float("-inf"))
-        if IS_EXACT:
-            above = tl.maximum(highest, tl.max(scores, 1))
-            shrink = tl.exp2((highest - above) * scale)
-            powers = tl.exp2((scores - above[:, None]) * scale)
-        else:  # highest is scaled: one fused multiplication and addition a score
-            above = tl.maximum(highest, tl.max(scores, 1) * scale)
-            shrink = tl.exp2(highest - above)
-            powers = tl.exp2(scores * scale - above[:, None])
-        total = total * shrink + tl.sum(powers, 1)
-        out = tl.dot(powers.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
-        highest = above
-    total = tl.where(num_keys > 0, total, 1.0)  # a query without a key gives 0
-    out /= total[:, None]
     out_step = num_heads * (HEAD_DIM // STEP)
-    store_rows(place(out_ptr, query_begin, out_step, head, HEAD_DIM // STEP), out, rows, length, out_step, HEAD_DIM)
-    statistics_at = head.to(tl.int64) * num_queries + query_begin
-    if IS_EXACT:
-        tl.store(highest_ptr + statistics_at + rows, highest, mask=rows < length)
-        tl.store(log_totals_ptr + statistics_at + rows, tl.log2(total), mask=rows < length)
-    else:
-        tl.store(log_totals_ptr + statistics_at + rows, highest + tl.log2(total), mask=rows < length)
+    for step in tl.range(heads_here, disable_licm=True):  # hoisting costs registers
+        head = first_head + step
+        q_at = place(q_ptr, query_begin, q_token_step, head, q_head_step)
+        k_at = place(k_ptr, key_begin, k_token_step, head, k_head_step)
+        v_at = place(v_ptr, key_begin, v_token_step, head, v_head_step)
+        q = load_rows(q_at, rows, length, q_token_step, HEAD_DIM)
+        highest = tl.full((BLOCK_QUERIES,), float("-inf"), tl.float32)
+        total = tl.zeros((BLOCK_QUERIES,), tl.float32)
+        out = tl.zeros((BLOCK_QUERIES, HEAD_DIM), tl.float32)
+        for first_key in range(0, num_keys, BLOCK_KEYS):
+            keys = first_key + tl.arange(0, BLOCK_KEYS)
+            k = load_columns(k_at, keys, num_keys, k_token_step, HEAD_DIM)
+            v = load_rows(v_at, keys, num_keys, v_token_step, HEAD_DIM)
+            scores = tl.where(keys[None, :] < num_keys, tl.dot(q, k, input_precision="ieee"), float("-inf"))
+            if IS_EXACT:
+                above = tl.maximum(highest, tl.max(scores, 1))
+                shrink = tl.exp2((highest - above) * scale)
+                powers = tl.exp2((scores - above[:, None]) * scale)
+            else:  # highest is scaled: one fused multiplication and addition a score
+                above = tl.maximum(highest, tl.max(scores, 1) * scale)
+                shrink = tl.exp2(highest - above)
+                powers = tl.exp2(scores * scale - above[:, None])
+            total = total * shrink + tl.sum(powers, 1)
+            out = tl.dot(powers.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
+            highest = above
+        total = tl.where(num_keys > 0, total, 1.0)  # a query without a key gives 0
+        out *= (1.0 / total)[:, None]
+        out_at = place(out_ptr, query_begin, out_step, head, HEAD_DIM // STEP)
+        store_rows(out_at, out, rows, length, out_step, HEAD_DIM)
+        statistics_at = head.to(tl.int64) * num_queries + query_begin
+        if IS_EXACT:
+            tl.store(highest_ptr + statistics_at + rows, highest, mask=rows < length)
+            tl.store(log_totals_ptr + statistics_at + rows, tl.log2(total), mask=rows < length)
+        else:
+            tl.store(log_totals_ptr + statistics_at + rows, highest + tl.log2(total), mask=rows < length)
 
 
 @kernel(aligned=("q", "k", "v", "out", "dout", "dq", "dk", "dv"))
@@ -161,7 +174,9 @@ def attention_dq_kernel(
 
     Where one key has all the weight, delta equals its dp but for rounding, and that is all that is left of ds.
     MENDS_DELTA takes it out again: ds must sum to 0, so what is missing there was missing in delta."""
-    pair, head, first_row = find_tile(tiles_ptr, num_heads)
+    program = tl.program_id(0)
+    head = program % num_heads
+    pair, first_row = find_tile(tiles_ptr, program // num_heads)
     if pair < 0:
         return
     query_begin, length = find_rows(query_begins_ptr, query_ends_ptr, pair)
@@ -240,7 +255,9 @@ def attention_dkdv_kernel(
     IS_EXACT: tl.constexpr,
 ):
     """dk and dv, a program for each tile of keys. IS_EXACT: everything is transposed, keys are rows."""
-    pair, head, first_row = find_tile(tiles_ptr, num_heads)
+    program = tl.program_id(0)
+    head = program % num_heads
+    pair, first_row = find_tile(tiles_ptr, program // num_heads)
     if pair < 0:
         return
     query_begin, length = find_rows(query_begins_ptr, query_ends_ptr, pair)
@@ -283,15 +300,6 @@ def attention_dkdv_kernel(
     store_rows(dv_at, dv, keys, num_keys, dv_token_step, HEAD_DIM)
 
 
-@triton.jit
-def find_heads(num_heads, heads_each):
-    """Pair, first head and number of heads of this program: groups of heads_each of one pair follow each other."""
-    groups = (num_heads + heads_each - 1) // heads_each
-    program = tl.program_id(0)
-    first_head = program % groups * heads_each
-    return program // groups, first_head, tl.minimum(heads_each, num_heads - first_head)
-
-
 @kernel(aligned=("q", "k", "v", "out", "dout", "dq", "dk", "dv"))
 def attention_short_forward_kernel(
     q_ptr,
@@ -331,12 +339,13 @@ def attention_short_forward_kernel(
     if MORE_KEYS > 0:
         more = BLOCK_KEYS + tl.arange(0, MORE_KEYS)
     out_step = num_heads * (HEAD_DIM // STEP)
-    q_at = place(q_ptr, begin, q_token_step, first_head, q_head_step)
-    k_at = place(k_ptr, begin, k_token_step, first_head, k_head_step)
-    v_at = place(v_ptr, begin, v_token_step, first_head, v_head_step)
-    out_at = place(out_ptr, begin, out_step, first_head, HEAD_DIM // STEP)
-    log_totals_at = log_totals_ptr + first_head.to(tl.int64) * num_queries + begin
-    for _ in range(heads_here):
+    for step in tl.range(heads_here, disable_licm=True):  # hoisting costs registers
+        head = first_head + step
+        q_at = place(q_ptr, begin, q_token_step, head, q_head_step)
+        k_at = place(k_ptr, begin, k_token_step, head, k_head_step)
+        v_at = place(v_ptr, begin, v_token_step, head, v_head_step)
+        out_at = place(out_ptr, begin, out_step, head, HEAD_DIM // STEP)
+        log_totals_at = log_totals_ptr + head.to(tl.int64) * num_queries + begin
         k = load_columns(k_at, keys, first_end, k_token_step, HEAD_DIM)
         v = load_rows(v_at, keys, first_end, v_token_step, HEAD_DIM)
         if MORE_KEYS > 0:
@@ -362,11 +371,6 @@ def attention_short_forward_kernel(
             out *= (1.0 / total)[:, None]
             store_rows(out_at, out, rows, length, out_step, HEAD_DIM)
             tl.store(log_totals_at + rows, highest + tl.log2(total), mask=rows < length)
-        q_at += q_head_step * STEP
-        k_at += k_head_step * STEP
-        v_at += v_head_step * STEP
-        out_at += HEAD_DIM
-        log_totals_at += num_queries
 
 
 @kernel(aligned=("q", "k", "v", "out", "dout", "dq", "dk", "dv"))
@@ -425,7 +429,7 @@ def attention_short_backward_kernel(
         out = load_rows(out_at, rows, length, out_step, HEAD_DIM)
         delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
     dq = tl.zeros((BLOCK_QUERIES, HEAD_DIM), tl.float32)
-    for first_key in range(0, KEY_TILES * BLOCK_KEYS, BLOCK_KEYS):
+    for first_key in range(0, KEY_TILES * BLOCK_KEYS if KEY_TILES < 4 else length, BLOCK_KEYS):
         keys = first_key + tl.arange(0, BLOCK_KEYS)
         k = load_rows(k_at, keys, length, k_token_step, HEAD_DIM)
         v = load_rows(v_at, keys, length, v_token_step, HEAD_DIM)
