@@ -66,7 +66,7 @@ def test_graphs_are_compared_with_what_they_record(off_by, tmp_path, monkeypatch
     passes._fills = passes.uses_graphs = passes._keeps_gradients = True
     recorded = []
 
-    def record(inputs, slopes, seed):
+    def record(inputs, slopes):
         recorded.append(None)
         if off_by == "no memory":
             raise torch.cuda.OutOfMemoryError

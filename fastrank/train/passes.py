@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastrank.kernels.accumulation import accumulate_in_place
 from fastrank.model import CrossEncoder
 from fastrank.model.gpu_layers import can_run
 from fastrank.model.graphs import Bucket, fill, find_bucket, record, run_before_recording
@@ -106,7 +107,7 @@ class Passes:
         recorded = self._recorded.get(bucket)
         torch.manual_seed(seed)
         if recorded is None:
-            self._scores = scores = self._model.score(filled.to(self._device))
+            self._scores = scores = self._score(filled.to(self._device))
         else:
             filled.copy_to(recorded.inputs)
             recorded.forward.replay()
@@ -132,11 +133,23 @@ class Passes:
         bucket = find_bucket(batch.num_tokens, batch.num_pairs, batch.max_pair_tokens, most_tokens=MOST_TOKENS)
         return None if bucket is None or bucket.longest > self._model.max_pair_tokens else bucket
 
+    def _score(self, inputs: PackedBatch) -> Tensor:
+        """Scores for _go_back()."""
+        with accumulate_in_place(self._keeps_gradients):
+            return self._model.score(inputs)
+
+    def _go_back(self, scores: Tensor, slopes: Tensor) -> None:
+        """Adds to the gradients where they lie. Of large weights functions do so; what is left takes few launches."""
+        found = torch.autograd.grad(scores, self._learning, slopes, allow_unused=True)
+        left = [(one.grad, new) for one, new in zip(self._learning, found, strict=True) if new is not None]
+        if left:
+            gradients, found = zip(*left, strict=True)
+            torch._foreach_add_(gradients, found)
+
     def _add_gradients(self, slopes: Tensor) -> None:
         scores, self._scores = self._scores, None
-        if self._keeps_gradients:  # in few launches, to where graphs add, too
-            found = torch.autograd.grad(scores, self._learning, slopes)
-            torch._foreach_add_([one.grad for one in self._learning], found)
+        if self._keeps_gradients:
+            self._go_back(scores, slopes)
         else:
             scores.backward(slopes)
 
@@ -152,7 +165,7 @@ class Passes:
                 slopes = torch.linspace(-1, 1, filled.num_pairs, device=self._device)
                 # First, so that the memory of a pass and that of a graph are not needed at once.
                 exact = self._pass(inputs, slopes, seed)
-                recorded = self._record(inputs, slopes, seed)
+                recorded = self._record(inputs, slopes)
                 apart = self._compare(recorded, seed, exact)
             if not apart < FURTHEST_APART:  # NaN is not
                 raise RuntimeError(f"gradients by a graph are off by {apart:.2g}")
@@ -167,23 +180,18 @@ class Passes:
             one.grad.copy_(gradient)
 
     def _pass(self, inputs: PackedBatch, slopes: Tensor, seed: int) -> list[Tensor]:
-        """Scores and the gradients of all weights."""
+        """Scores and the gradients of all weights, all of them as autograd gives them."""
         torch.manual_seed(seed)
         scores = self._model.score(inputs)
         return [scores.detach(), *torch.autograd.grad(scores, self._learning, slopes)]
 
-    def _record(self, inputs: PackedBatch, slopes: Tensor, seed: int) -> _Recorded:
+    def _record(self, inputs: PackedBatch, slopes: Tensor) -> _Recorded:
         """The graphs read their slopes from where these lie."""
-        gradients = [one.grad for one in self._learning]
-        run_before_recording(lambda: self._pass(inputs, slopes, seed))
+        run_before_recording(lambda: self._go_back(self._score(inputs), slopes))
         torch.cuda.empty_cache()
-        forward, scores = record(lambda: self._model.score(inputs), self._pool)
+        forward, scores = record(lambda: self._score(inputs), self._pool)
         self._pool = self._pool or forward.pool()
-
-        def go_back() -> None:
-            torch._foreach_add_(gradients, torch.autograd.grad(scores, self._learning, slopes))
-
-        backward, _ = record(go_back, self._pool)
+        backward, _ = record(lambda: self._go_back(scores, slopes), self._pool)
         return _Recorded(forward, backward, inputs, scores.detach(), slopes)
 
     def _compare(self, recorded: _Recorded, seed: int, exact: list[Tensor]) -> float:
