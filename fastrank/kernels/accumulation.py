@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import torch
 from torch import Tensor
 
 _in_place = ContextVar("in_place", default=False)
@@ -30,4 +31,5 @@ def accumulate_in_place(wanted: bool = True) -> Iterator[None]:
 
 def accumulator(weight: Tensor) -> Tensor | None:
     """To be called in a forward: what the backward adds this weight's gradient to; None where autograd gets it."""
-    return weight.grad if _in_place.get() and weight.requires_grad and weight.is_leaf else None
+    learns = weight.requires_grad and weight.is_leaf
+    return weight.grad if _in_place.get() and learns and weight.dtype == torch.float32 else None

@@ -82,6 +82,28 @@ def test_embedding_norm(columns, dtype):
     assert not leaves["words"].grad[unused].any()
 
 
+@pytest.mark.parametrize("padding", [None, 7])
+def test_gradients_of_few_words_are_added_where_they_lie(padding):
+    """To the last digit what autograd adds, row by row."""
+    ids = torch.randint(5, 25, (40,), generator=torch.Generator().manual_seed(0))
+    tables = [draw(rows, 64, seed=rows) for rows in (80, 2, 40)]
+    gradients = []
+    for in_place in (False, True):
+        words, *others = (one.clone().requires_grad_() for one in tables)
+        words.grad = held = draw(80, 64, seed=1)
+        with accumulate_in_place(in_place), poisoned_memory():
+            tables_ids, weights = (ids, ids % 2, ids), (torch.ones(64), torch.zeros(64))
+            out = ops.embedding_norm(
+                tables_ids, (words, *others), *weights, 1e-5, padding=(padding, None), backend="gpu"
+            )
+            (out**3).sum().backward()
+        assert (words.grad is held) and all(one.grad is not None for one in others)
+        gradients.append(words.grad)
+    plain, kept = gradients
+    assert (kept != draw(80, 64, seed=1)).any(1).nonzero()[:, 0].tolist() == sorted({*ids.tolist()} - {padding})
+    assert kept.equal(plain)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tanh_form", [False, True])
 @pytest.mark.parametrize("shape", [(0, 8), (1, 8), (9, 264), (33, 1536)])
@@ -231,8 +253,8 @@ def test_layers_in_few_steps_train_as_modules_do(frozen_layers, recomputes, monk
 
 @pytest.mark.parametrize(("frozen_layers", "recomputes"), [(0, False), (0, True), (2, False)])
 def test_gradients_of_several_passes_are_added_where_they_lie(frozen_layers, recomputes, monkeypatch):
-    """As autograd adds them up, but for weights of products, of which it gets none; nothing is added to what does not
-    learn, nor to anything by those who ask autograd for gradients themselves."""
+    """As autograd adds them up, but for large weights, of which it gets none; nothing is added to what does not learn,
+    nor to anything by those who ask autograd for gradients themselves."""
     model = make_model(layers=3, dropout=0.3).train().to_precision("fp16", hidden_states="fp16")
     for module in (model.encoder.embeddings, *model.encoder.layers[:frozen_layers]) if frozen_layers else ():
         module.requires_grad_(False)
@@ -262,7 +284,8 @@ def test_gradients_of_several_passes_are_added_where_they_lie(frozen_layers, rec
         found = torch.autograd.grad(scores.sum(), list(learning.values()), allow_unused=in_place)
         added = {name for name, one in learning.items() if not one.grad.equal(before[name])}
         assert added == {name for name, one in zip(learning, found, strict=True) if one is None}
-        assert added == {name for name in learning if in_place and "layers" in name and learning[name].dim() > 1}
+        large = {name for name, one in learning.items() if one.dim() > 1 and ("layers" in name or "words" in name)}
+        assert added == (large if in_place else set())
 
 
 def test_layers_in_few_steps_score_as_modules_do(monkeypatch):
