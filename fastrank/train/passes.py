@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from fastrank.kernels.accumulation import accumulate_in_place
 from fastrank.model import CrossEncoder
@@ -218,6 +219,7 @@ class Update:
     ):
         self._learning = [one for one in model.parameters() if one.requires_grad]
         self._optimizer, self._max_grad_norm = optimizer, max_grad_norm
+        self._is_fused = all(group.get("fused") for group in optimizer.param_groups)
         self._uses_graphs, self._graph, self._count = uses_graphs, None, 0
         self._peaks = torch.tensor([group["peak"] for group in optimizer.param_groups], dtype=torch.float64)
         self._rates = None
@@ -249,5 +251,10 @@ class Update:
 
     def _run(self) -> None:
         if self._max_grad_norm > 0:
-            torch.nn.utils.clip_grad_norm_(self._learning, self._max_grad_norm)
+            norm = get_total_norm([one.grad for one in self._learning if one.grad is not None])
+            if self._is_fused:  # it divides by a scale, as of mixed precision, where it reads the gradients anyway
+                self._optimizer.grad_scale = ((norm + 1e-6) / self._max_grad_norm).clamp(min=1.0)
+            else:
+                clip_grads_with_norm_(self._learning, self._max_grad_norm, norm)
         self._optimizer.step()
+        self._optimizer.grad_scale = None
