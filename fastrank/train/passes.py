@@ -124,7 +124,8 @@ class Passes:
                 recorded.slopes[len(slopes) :].zero_()
                 recorded.backward.replay()
             else:
-                self._add_gradients(torch.cat([slopes, slopes.new_zeros(missing)]) if missing else slopes)
+                made, self._scores = self._scores, None
+                self._add_gradients(made, torch.cat([slopes, slopes.new_zeros(missing)]) if missing else slopes)
 
         return scores.detach()[: batch.num_pairs], go_back
 
@@ -135,24 +136,19 @@ class Passes:
         return None if bucket is None or bucket.longest > self._model.max_pair_tokens else bucket
 
     def _score(self, inputs: PackedBatch) -> Tensor:
-        """Scores for _go_back()."""
+        """Scores for _add_gradients()."""
         with accumulate_in_place(self._keeps_gradients):
             return self._model.score(inputs)
 
-    def _go_back(self, scores: Tensor, slopes: Tensor) -> None:
-        """Adds to the gradients where they lie. Of large weights functions do so; what is left takes few launches."""
+    def _add_gradients(self, scores: Tensor, slopes: Tensor) -> None:
+        if not self._keeps_gradients:
+            scores.backward(slopes)
+            return
+        # To where graphs add, too. Large weights' are there by now; autograd has the others, which take few launches.
         found = torch.autograd.grad(scores, self._learning, slopes, allow_unused=True)
         left = [(one.grad, new) for one, new in zip(self._learning, found, strict=True) if new is not None]
         if left:
-            gradients, found = zip(*left, strict=True)
-            torch._foreach_add_(gradients, found)
-
-    def _add_gradients(self, slopes: Tensor) -> None:
-        scores, self._scores = self._scores, None
-        if self._keeps_gradients:
-            self._go_back(scores, slopes)
-        else:
-            scores.backward(slopes)
+            torch._foreach_add_(*zip(*left, strict=True))
 
     def _try_to_record(self, bucket: Bucket, filled: PackedBatch, seed: int) -> None:
         """Records a bucket, and compares it with what it is a record of; where they differ, graphs are given up."""
@@ -188,11 +184,11 @@ class Passes:
 
     def _record(self, inputs: PackedBatch, slopes: Tensor) -> _Recorded:
         """The graphs read their slopes from where these lie."""
-        run_before_recording(lambda: self._go_back(self._score(inputs), slopes))
+        run_before_recording(lambda: self._add_gradients(self._score(inputs), slopes))
         torch.cuda.empty_cache()
         forward, scores = record(lambda: self._score(inputs), self._pool)
         self._pool = self._pool or forward.pool()
-        backward, _ = record(lambda: self._go_back(scores, slopes), self._pool)
+        backward, _ = record(lambda: self._add_gradients(scores, slopes), self._pool)
         return _Recorded(forward, backward, inputs, scores.detach(), slopes)
 
     def _compare(self, recorded: _Recorded, seed: int, exact: list[Tensor]) -> float:
