@@ -231,6 +231,7 @@ def model_cases(device: str, dry_run: bool, seed: int) -> Iterator[Case]:
             f"{shape}: scores and gradients in half precision",
             lambda shape=shape: whole_model(shape, device, dry_run),
         )
+        yield f"{shape}: gradients of several passes", lambda shape=shape: several_passes(shape, device, dry_run)
         if has_fp8(torch.device(device)):
             yield f"{shape}: scores in fp8", lambda shape=shape: fp8_model(shape, device, dry_run)
 
@@ -332,6 +333,9 @@ def graphs_train_alike(device: str) -> None:
                 found.append(scores.clone())
             gradients = [parameter.grad.clone() for parameter in parameters]
             update(1 - number / 10)
+            share = (1 / (torch.nn.utils.get_total_norm(gradients) + 1e-6)).clamp(max=1)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                assert torch.allclose(parameter.grad, share * gradient, rtol=1e-5, atol=0), "clipped otherwise"
             yield [*found, *gradients, *(parameter.detach().clone() for parameter in parameters)]
         assert bool(passes._recorded) == (update._graph is not None) == by_graphs, "graphs, where there should be none"
 
@@ -366,6 +370,60 @@ def whole_model(shape: str, device: str, dry_run: bool) -> None:
     for name, truth in exact.items():
         allowed = 2 * (rounded[name] - truth).norm() + 0.02 * truth.norm() + 1e-6
         assert (actual[name] - truth).norm() <= allowed, f"{name}: {(actual[name] - truth).norm()} above {allowed}"
+
+
+def several_passes(shape: str, device: str, dry_run: bool) -> None:
+    """A step's gradients added up in place, without graphs and by them, and by layers that compute again: as near to
+    float64's as those that autograd adds up, and the same bits in the next step."""
+    from fastrank.train.passes import Passes
+
+    model = make_model(shape).to(device).train()
+    lengths = ([20, 3], [9]) if dry_run else ([90] * 10, [120, 30, 64] * 20, [8])
+    batches = [batch_of(one, model.settings.vocab_size, "cpu", seed=number) for number, one in enumerate(lengths)]
+
+    def step(passes: Passes) -> dict[str, Tensor]:
+        passes.clear_gradients()
+        for number, batch in enumerate(batches):
+            scores, go_back = passes.forward(batch, number)
+            go_back(torch.linspace(-0.5, 1, len(scores), device=device).to(scores.dtype))
+        return {name: one.grad.clone() for name, one in model.named_parameters()}
+
+    def run(in_place: bool, *, unrecorded: int = 2**31, backend: str = "gpu") -> dict[str, Tensor]:
+        given = {"filler": (model.settings.first_position, 0), "uses_graphs": in_place, "unrecorded": unrecorded}
+        passes = Passes(model, torch.device(device), **given)
+        passes._keeps_gradients = in_place  # in a dry run, too
+        model.zero_grad()
+        os.environ["FASTRANK_BACKEND"] = backend
+        try:
+            found, again = step(passes), step(passes)
+        finally:
+            del os.environ["FASTRANK_BACKEND"]
+        assert backend != "gpu" or all(found[name].equal(one) for name, one in again.items()), "other bits again"
+        assert bool(passes._recorded) == (unrecorded == 0), "graphs, where there should be none, or none"
+        return found
+
+    exact = {}
+    if shape in ("tiny", "MiniLM-L6"):
+        model.double()
+        exact = run(False, backend="reference")
+        model.float()
+    model.to_precision(torch.float16 if dry_run else torch.bfloat16)
+    if dry_run:
+        model.encoder.hidden_dtype = torch.float16
+    plain = run(False)
+    routes = {"in place": run(True)}
+    if not dry_run:
+        routes["by graphs"] = run(True, unrecorded=0)
+    model.encoder.recomputes = True
+    routes["computed again"] = run(False)
+    for route, found in routes.items():
+        for name, one in plain.items():
+            truth = exact.get(name, one).double()
+            off, allowed = float((found[name] - truth).norm()), float((one - truth).norm())
+            size = float(truth.norm())
+            # Buckets are filled up, and cuBLAS may choose other products for other sizes, or for a graph.
+            allowed = 1.2 * allowed + (2e-3 if exact else 1e-2) * size + 1e-6
+            assert off <= allowed, f"{name}, {route}: {off:.3g} above {allowed:.3g}"
 
 
 def run(*, device: str, limits: dict, data: Path | None, dry_run: bool, large: bool) -> Iterator[str]:

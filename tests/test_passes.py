@@ -66,7 +66,7 @@ def test_graphs_are_compared_with_what_they_record(off_by, tmp_path, monkeypatch
     passes._fills = passes.uses_graphs = passes._keeps_gradients = True
     recorded = []
 
-    def record(inputs, slopes, seed):
+    def record(inputs, slopes):
         recorded.append(None)
         if off_by == "no memory":
             raise torch.cuda.OutOfMemoryError
@@ -133,13 +133,25 @@ def test_each_group_learns_at_its_own_rate(tmp_path):
     assert moved == pytest.approx([0.25, 0.125], rel=1e-3)
 
 
-def test_gradients_are_clipped_together(tmp_path):
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("size", [0.0, 1e-4, 1.0, float("nan")])
+def test_gradients_are_clipped_together(fused, size, tmp_path):
+    """And steps are those of torch's clip_grad_norm_, whatever clips."""
     make_checkpoint(tmp_path, "bert")
-    model = load_model(tmp_path)
-    optimizer = torch.optim.SGD([{"params": list(model.parameters()), "peak": 1.0}], lr=1.0)
-    update = Update(model, optimizer, 2.0, uses_graphs=False)
-    for one in model.parameters():
-        one.grad = torch.ones_like(one)
-    update(1.0)
-    norm = torch.stack([one.grad.norm() for one in model.parameters()]).norm()
-    assert float(norm) == pytest.approx(2.0, rel=1e-3)
+    models = [load_model(tmp_path) for _ in range(2)]
+    given = [{"params": list(model.parameters()), "peak": 1e-2, "lr": 1e-2} for model in models]
+    optimizer, plain = (
+        torch.optim.AdamW([one], eps=1e-3, fused=is_fused) for one, is_fused in zip(given, (fused, False), strict=True)
+    )
+    update = Update(models[0], optimizer, 2.0, uses_graphs=False)
+    for _ in range(3):
+        for model in models:
+            for one in model.parameters():
+                one.grad = torch.linspace(-size, 2 * size, one.numel()).view_as(one)
+        torch.nn.utils.clip_grad_norm_(models[1].parameters(), 2.0)
+        plain.step()
+        update(1.0)
+        assert getattr(optimizer, "grad_scale", None) is None, "a step of the user's own would be scaled"
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-5, atol=0.0, equal_nan=True)
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6, equal_nan=True)

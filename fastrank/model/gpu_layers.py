@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastrank import ops
 from fastrank.backend import choose, refusals
+from fastrank.kernels.accumulation import accumulator
 
 if TYPE_CHECKING:
     from fastrank.kernels.configuration import Launch
@@ -404,13 +405,15 @@ class _Layer(Function):
             *second_means, layer.up.bias, layer.attention_norm.weight, layer.norm.weight,
             out_weight, up_weight, down_weight, *(weight for weight, _ in first), *given,
         )  # fmt: skip
-        ctx.settings = one_pass, share, layer.is_last
+        # Those of weights: vectors are small, and autograd adds all of them up in few launches.
+        accumulators = [accumulator(one) if one.dim() > 1 else None for one in learned]
+        ctx.settings = one_pass, share, layer.is_last, accumulators
         return z
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dz: Tensor):
-        one_pass, share, is_last = ctx.settings
+        one_pass, share, is_last, accumulators = ctx.settings
         (
             x, rows, attended, statistics, projected, first_mask, first_mean, first_inverse, y, raw, inner, down,
             second_mask, second_mean, second_inverse, up_bias, first_norm, second_norm,
@@ -433,7 +436,7 @@ class _Layer(Function):
         def differentiate_weights(place: int, dout: Tensor, factor: Tensor, total: Tensor | None) -> None:
             """Of a product of `factor`; total: the sum of dout's rows, where it is known."""
             if needed[place]:
-                gradients[place] = _outer(dout, factor)
+                gradients[place] = _outer(dout, factor, accumulators[place])
             if needed[place + 1]:
                 gradients[place + 1] = dout.sum(0, dtype=torch.float32) if total is None else total
 
@@ -480,8 +483,12 @@ def _drop_backward(dout: Tensor, mask: Tensor | None, share: float, total: Tenso
     return torch.ops.aten.native_dropout_backward(dout, mask, 1 / (1 - share) if share < 1 else 0.0), None
 
 
-def _outer(dout: Tensor, given: Tensor) -> Tensor:
-    """dout^T given, in float32: the gradient of a product's weight."""
+def _outer(dout: Tensor, given: Tensor, accumulator: Tensor | None) -> Tensor | None:
+    """dout^T given, in float32: the gradient of a product's weight. None where it has been added to an accumulator."""
+    if accumulator is None:
+        return torch.mm(dout.t(), given, out_dtype=torch.float32) if dout.is_cuda else dout.t().float() @ given.float()
     if dout.is_cuda:
-        return torch.mm(dout.t(), given, out_dtype=torch.float32)
-    return dout.t().float() @ given.float()
+        torch.addmm(accumulator, dout.t(), given, out_dtype=torch.float32, out=accumulator)
+    else:
+        accumulator.addmm_(dout.t().float(), given.float())
+    return None

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from fastrank.kernels.accumulation import accumulate_in_place
 from fastrank.model import CrossEncoder
 from fastrank.model.gpu_layers import can_run
 from fastrank.model.graphs import Bucket, fill, find_bucket, record, run_before_recording
@@ -106,7 +108,7 @@ class Passes:
         recorded = self._recorded.get(bucket)
         torch.manual_seed(seed)
         if recorded is None:
-            self._scores = scores = self._model.score(filled.to(self._device))
+            self._scores = scores = self._score(filled.to(self._device))
         else:
             filled.copy_to(recorded.inputs)
             recorded.forward.replay()
@@ -122,7 +124,8 @@ class Passes:
                 recorded.slopes[len(slopes) :].zero_()
                 recorded.backward.replay()
             else:
-                self._add_gradients(torch.cat([slopes, slopes.new_zeros(missing)]) if missing else slopes)
+                made, self._scores = self._scores, None
+                self._add_gradients(made, torch.cat([slopes, slopes.new_zeros(missing)]) if missing else slopes)
 
         return scores.detach()[: batch.num_pairs], go_back
 
@@ -132,13 +135,20 @@ class Passes:
         bucket = find_bucket(batch.num_tokens, batch.num_pairs, batch.max_pair_tokens, most_tokens=MOST_TOKENS)
         return None if bucket is None or bucket.longest > self._model.max_pair_tokens else bucket
 
-    def _add_gradients(self, slopes: Tensor) -> None:
-        scores, self._scores = self._scores, None
-        if self._keeps_gradients:  # in few launches, to where graphs add, too
-            found = torch.autograd.grad(scores, self._learning, slopes)
-            torch._foreach_add_([one.grad for one in self._learning], found)
-        else:
+    def _score(self, inputs: PackedBatch) -> Tensor:
+        """Scores for _add_gradients()."""
+        with accumulate_in_place(self._keeps_gradients):
+            return self._model.score(inputs)
+
+    def _add_gradients(self, scores: Tensor, slopes: Tensor) -> None:
+        if not self._keeps_gradients:
             scores.backward(slopes)
+            return
+        # To where graphs add, too. Large weights' are there by now; autograd has the others, which take few launches.
+        found = torch.autograd.grad(scores, self._learning, slopes, allow_unused=True)
+        left = [(one.grad, new) for one, new in zip(self._learning, found, strict=True) if new is not None]
+        if left:
+            torch._foreach_add_(*zip(*left, strict=True))
 
     def _try_to_record(self, bucket: Bucket, filled: PackedBatch, seed: int) -> None:
         """Records a bucket, and compares it with what it is a record of; where they differ, graphs are given up."""
@@ -152,7 +162,7 @@ class Passes:
                 slopes = torch.linspace(-1, 1, filled.num_pairs, device=self._device)
                 # First, so that the memory of a pass and that of a graph are not needed at once.
                 exact = self._pass(inputs, slopes, seed)
-                recorded = self._record(inputs, slopes, seed)
+                recorded = self._record(inputs, slopes)
                 apart = self._compare(recorded, seed, exact)
             if not apart < FURTHEST_APART:  # NaN is not
                 raise RuntimeError(f"gradients by a graph are off by {apart:.2g}")
@@ -167,23 +177,18 @@ class Passes:
             one.grad.copy_(gradient)
 
     def _pass(self, inputs: PackedBatch, slopes: Tensor, seed: int) -> list[Tensor]:
-        """Scores and the gradients of all weights."""
+        """Scores and the gradients of all weights, all of them as autograd gives them."""
         torch.manual_seed(seed)
         scores = self._model.score(inputs)
         return [scores.detach(), *torch.autograd.grad(scores, self._learning, slopes)]
 
-    def _record(self, inputs: PackedBatch, slopes: Tensor, seed: int) -> _Recorded:
+    def _record(self, inputs: PackedBatch, slopes: Tensor) -> _Recorded:
         """The graphs read their slopes from where these lie."""
-        gradients = [one.grad for one in self._learning]
-        run_before_recording(lambda: self._pass(inputs, slopes, seed))
+        run_before_recording(lambda: self._add_gradients(self._score(inputs), slopes))
         torch.cuda.empty_cache()
-        forward, scores = record(lambda: self._model.score(inputs), self._pool)
+        forward, scores = record(lambda: self._score(inputs), self._pool)
         self._pool = self._pool or forward.pool()
-
-        def go_back() -> None:
-            torch._foreach_add_(gradients, torch.autograd.grad(scores, self._learning, slopes))
-
-        backward, _ = record(go_back, self._pool)
+        backward, _ = record(lambda: self._add_gradients(scores, slopes), self._pool)
         return _Recorded(forward, backward, inputs, scores.detach(), slopes)
 
     def _compare(self, recorded: _Recorded, seed: int, exact: list[Tensor]) -> float:
@@ -210,6 +215,7 @@ class Update:
     ):
         self._learning = [one for one in model.parameters() if one.requires_grad]
         self._optimizer, self._max_grad_norm = optimizer, max_grad_norm
+        self._is_fused = all(group.get("fused") for group in optimizer.param_groups)
         self._uses_graphs, self._graph, self._count = uses_graphs, None, 0
         self._peaks = torch.tensor([group["peak"] for group in optimizer.param_groups], dtype=torch.float64)
         self._rates = None
@@ -241,5 +247,10 @@ class Update:
 
     def _run(self) -> None:
         if self._max_grad_norm > 0:
-            torch.nn.utils.clip_grad_norm_(self._learning, self._max_grad_norm)
+            norm = get_total_norm([one.grad for one in self._learning if one.grad is not None])
+            if self._is_fused:  # it divides by a scale, as of mixed precision, where it reads the gradients anyway
+                self._optimizer.grad_scale = ((norm + 1e-6) / self._max_grad_norm).clamp(min=1.0)
+            else:
+                clip_grads_with_norm_(self._learning, self._max_grad_norm, norm)
         self._optimizer.step()
+        self._optimizer.grad_scale = None

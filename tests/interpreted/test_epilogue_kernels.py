@@ -10,9 +10,11 @@ import torch
 from accuracy import assert_accurate, poisoned_memory
 
 from fastrank import backend, ops
+from fastrank.kernels.accumulation import accumulate_in_place
 from fastrank.kernels.layer_norm import gpu as norms
 from fastrank.model import CrossEncoder, gpu_layers
 from fastrank.packing import PackedBatch, pack_lists
+from fastrank.train.passes import Passes
 
 DTYPES = (torch.float32, torch.float16)
 
@@ -78,6 +80,28 @@ def test_embedding_norm(columns, dtype):
     unused = torch.ones(50, dtype=torch.bool)
     unused[ids[0]] = False
     assert not leaves["words"].grad[unused].any()
+
+
+@pytest.mark.parametrize("padding", [None, 7])
+def test_gradients_of_few_words_are_added_where_they_lie(padding):
+    """To the last digit what autograd adds, row by row."""
+    ids = torch.randint(5, 25, (40,), generator=torch.Generator().manual_seed(0))
+    tables = [draw(rows, 64, seed=rows) for rows in (80, 2, 40)]
+    gradients = []
+    for in_place in (False, True):
+        words, *others = (one.clone().requires_grad_() for one in tables)
+        words.grad = held = draw(80, 64, seed=1)
+        with accumulate_in_place(in_place), poisoned_memory():
+            tables_ids, weights = (ids, ids % 2, ids), (torch.ones(64), torch.zeros(64))
+            out = ops.embedding_norm(
+                tables_ids, (words, *others), *weights, 1e-5, padding=(padding, None), backend="gpu"
+            )
+            (out**3).sum().backward()
+        assert (words.grad is held) and all(one.grad is not None for one in others)
+        gradients.append(words.grad)
+    plain, kept = gradients
+    assert (kept != draw(80, 64, seed=1)).any(1).nonzero()[:, 0].tolist() == sorted({*ids.tolist()} - {padding})
+    assert kept.equal(plain)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -225,6 +249,43 @@ def test_layers_in_few_steps_train_as_modules_do(frozen_layers, recomputes, monk
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert (found[name] - value).norm() <= 0.02 * value.norm() + 1e-5, name
+
+
+@pytest.mark.parametrize(("frozen_layers", "recomputes"), [(0, False), (0, True), (2, False)])
+def test_gradients_of_several_passes_are_added_where_they_lie(frozen_layers, recomputes, monkeypatch):
+    """As autograd adds them up, but for large weights, of which it gets none; nothing is added to what does not learn,
+    nor to anything by those who ask autograd for gradients themselves."""
+    model = make_model(layers=3, dropout=0.3).train().to_precision("fp16", hidden_states="fp16")
+    for module in (model.encoder.embeddings, *model.encoder.layers[:frozen_layers]) if frozen_layers else ():
+        module.requires_grad_(False)
+    model.encoder.recomputes = recomputes
+    monkeypatch.setenv("FASTRANK_BACKEND", "gpu")
+    passes = Passes(model, torch.device("cpu"), filler=(0, 0))
+    gradients = []
+    for passes._keeps_gradients in (False, True):
+        for _ in range(2):  # what the first step leaves must be gone in the second
+            passes.clear_gradients()
+            places = [one.grad for one in model.parameters()]
+            for seed, batch in enumerate((make_batch((5, 17), (1, 20)), make_batch((9,)))):
+                scores, go_back = passes.forward(batch, seed)
+                go_back(torch.linspace(-1, 1, len(scores)) if len(scores) > 1 else torch.ones(1))
+        gradients.append({name: one.grad for name, one in model.named_parameters()})
+    assert all(one.grad is place for one, place in zip(model.parameters(), places, strict=True))
+    for name, one in model.named_parameters():
+        plain, kept = (found[name] for found in gradients)
+        assert (plain is None) == (kept is None) == (not one.requires_grad), name
+        assert plain is None or (kept - plain).norm() <= 1e-5 * plain.norm(), name
+
+    learning = {name: one for name, one in model.named_parameters() if one.requires_grad}
+    before = {name: one.grad.clone() for name, one in learning.items()}
+    for in_place in (False, True):
+        with accumulate_in_place(in_place):
+            scores = model.score(batch)
+        found = torch.autograd.grad(scores.sum(), list(learning.values()), allow_unused=in_place)
+        added = {name for name, one in learning.items() if not one.grad.equal(before[name])}
+        assert added == {name for name, one in zip(learning, found, strict=True) if one is None}
+        large = {name for name, one in learning.items() if one.dim() > 1 and ("layers" in name or "words" in name)}
+        assert added == (large if in_place else set())
 
 
 def test_layers_in_few_steps_score_as_modules_do(monkeypatch):

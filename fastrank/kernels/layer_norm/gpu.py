@@ -15,6 +15,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from triton import language as tl
 
+from fastrank.kernels.accumulation import accumulator
 from fastrank.kernels.configuration import (
     FLOATS,
     HALF,
@@ -547,6 +548,8 @@ class _EmbeddingNorm(Function):
         given = *ids, *tables, weight, _full(bias), out, *statistics, rows, columns // STEP.value, eps
         _prepare("embedding forward", dtype, columns, _num_blocks(rows, columns), *given)()
         ctx.save_for_backward(*ids, *tables, weight, *statistics)
+        # A gradient of the table's size is mostly zeros, if the batch is not as large; other tables are small.
+        ctx.words_accumulator = accumulator(words) if 2 * rows <= len(words) else None
         ctx.padding = padding
         return out
 
@@ -563,11 +566,31 @@ class _EmbeddingNorm(Function):
         _prepare("embedding backward", dout.dtype, columns, programs, *arguments)()
         dweight, dbias = sums.sum(0)
         word_padding, position_padding = (-1 if one is None else one for one in ctx.padding)
-        # torch sorts the ids and adds the rows of each up in order.
+        words_needed, *needed = ctx.needs_input_grad[3:6]
         gradients = [
-            torch.ops.aten.embedding_dense_backward(dx, one, len(table), skipped, False) if needed else None
-            for one, table, skipped, needed in zip(
-                ids, tables, (word_padding, -1, position_padding), ctx.needs_input_grad[3:6], strict=True
-            )
+            _sum_rows(dx, one, len(table), skipped) if needed else None
+            for one, table, skipped, needed in zip(ids[1:], tables[1:], (-1, position_padding), needed, strict=True)
         ]
-        return None, None, None, *gradients, None, dweight, dbias, None, None
+        if not words_needed:
+            dwords = None
+        elif ctx.words_accumulator is None:
+            dwords = _sum_rows(dx, ids[0], len(tables[0]), word_padding)
+        else:
+            dwords = _add_rows(dx, ids[0], word_padding, ctx.words_accumulator)
+        return None, None, None, dwords, *gradients, None, dweight, dbias, None, None
+
+
+def _sum_rows(dx: Tensor, ids: Tensor, num_ids: int, skipped: int) -> Tensor:
+    """The gradient of a table. torch sorts the ids and adds the rows of each up in order."""
+    return torch.ops.aten.embedding_dense_backward(dx, ids, num_ids, skipped, False)
+
+
+def _add_rows(dx: Tensor, ids: Tensor, skipped: int, accumulator: Tensor) -> None:
+    """Adds the same to an accumulator, by way of a table with a row for each token: one token of each id, whichever,
+    has the sum of that id's rows there, so that the sums are the same in every run; the other rows are zero, so that
+    it does not matter in which order they are all added."""
+    count = len(ids)
+    chosen = torch.empty(len(accumulator), dtype=torch.int64, device=ids.device)
+    chosen.scatter_(0, ids, torch.arange(count, device=ids.device))
+    tokens = chosen[ids].masked_fill_(ids == skipped, count)
+    accumulator.index_add_(0, ids, _sum_rows(dx, tokens, count + 1, count)[:count])
