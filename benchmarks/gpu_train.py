@@ -1,5 +1,5 @@
-"""Training steps beside a padded bf16 loop with SDPA: pairs a second and peak memory at Rank-DistiLLM's two stages, and
-the hours that the whole recipe would take."""
+"""Training steps beside a padded bf16 loop with SDPA and sentence-transformers' trainer: pairs a second and peak memory
+at Rank-DistiLLM's two stages, and the hours that the whole recipe would take."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import functools
 import itertools
 import math
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from baselines import PaddedTrainer
 from gpu_models import checkpoint, texts
-from timing import Comparison, Contender
+from timing import Comparison, Contender, describe, release_memory
 
 from fastrank.train import TrainConfig
 from fastrank.train.feed import Ahead
@@ -28,6 +29,7 @@ STAGES = {
     "stage 2": ("ranknet", 100, 3.0e6, {"MiniLM-L6": 8, "ELECTRA-base": 4, "XLM-R-large": 1}),
 }
 MAX_LENGTH = 256
+UNTIMED = 4  # first steps of sentence-transformers' trainer
 
 
 class PaddedLoop(PaddedTrainer):
@@ -134,8 +136,75 @@ def compare(shape: str, stage: str, device: str, data: Path | None, dry_run: boo
         except torch.cuda.OutOfMemoryError as error:
             one.failure = str(error)[:80]
     # Several steps a round, as in training: the host may run ahead.
+    comparison = Comparison(title, "pairs", made, [], device)
     with numbers:
-        Comparison(title, "pairs", made, [], device).measure(
-            2 if dry_run else 4, memory=not dry_run, shortest_round=0 if dry_run else 0.2
-        )
+        comparison.measure(2 if dry_run else 4, memory=not dry_run, shortest_round=0 if dry_run else 0.2)
+    del trainer, bare, loop
+    release_memory(device)
+    for size in (8,) if dry_run else (64, 256):
+        name = f"sentence-transformers' trainer, by {size}"
+        try:
+            seconds = their_trainer(folder, stage, step_lists, size, expected, device, 2 if dry_run else 12)
+            other = Contender(name, lambda: None, num_pairs, durations=[seconds])
+        except Exception as error:  # it needs `datasets`, and may run out of memory
+            other = Contender(name, lambda: None, num_pairs, failure=describe(error))
+        made.append(other)
+        release_memory(device)
     return made[0].rate if made[0].durations else math.nan
+
+
+def their_trainer(folder, stage: str, lists, size: int, expected: float, device: str, steps: int) -> float:
+    """Seconds a step of sentence-transformers' trainer, in batches of `size` pairs, one update a step; the first few
+    do not count. ValueError where its first loss is not what is expected."""
+    from datasets import Dataset
+    from sentence_transformers import CrossEncoder
+    from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments, losses
+    from transformers import TrainerCallback
+
+    count, times = steps + UNTIMED, []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, args, state, control, **_) -> None:
+            if state.global_step in (UNTIMED, count):
+                if device == "cuda":
+                    torch.cuda.synchronize()
+                times.append(time.perf_counter())
+
+    model = CrossEncoder(
+        str(folder),
+        num_labels=1,
+        max_length=MAX_LENGTH,
+        device=device,
+        model_kwargs={"attn_implementation": "sdpa"},
+        config_kwargs={"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+    )
+    is_lce = STAGES[stage][0] == "lce"
+    # ListNet's softmax of 1,000 and zeros is LCE's single relevant document; RankNet counts in bits.
+    loss = (losses.ListNetLoss if is_lce else losses.RankNetLoss)(model, mini_batch_size=size)
+    rows = {
+        "query": [one.query for one in lists] * count,
+        "documents": [list(one.documents) for one in lists] * count,
+        "labels": [[label * (1000.0 if is_lce else 1.0) for label in one.labels] for one in lists] * count,
+    }
+    arguments = CrossEncoderTrainingArguments(
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=len(lists),
+        max_steps=count,
+        learning_rate=1e-5,
+        optim="adamw_torch_fused",
+        bf16=device == "cuda",
+        use_cpu=device == "cpu",
+        logging_first_step=True,
+        logging_steps=count,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    dataset = Dataset.from_dict(rows)
+    trainer = CrossEncoderTrainer(model=model, args=arguments, train_dataset=dataset, loss=loss, callbacks=[Clock()])
+    trainer.train()
+    found = next(one["loss"] for one in trainer.state.log_history if "loss" in one)
+    found *= 1.0 if is_lce else math.log(2)
+    if not abs(found - expected) < 0.05 * abs(expected) + 0.01:
+        raise ValueError(f"its first loss is {found:.4f} instead of {expected:.4f}")
+    return (times[1] - times[0]) / steps
