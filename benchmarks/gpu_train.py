@@ -98,9 +98,28 @@ def run(*, device: str, limits: dict, data: Path | None, dry_run: bool, large: b
 def compare(shape: str, stage: str, device: str, data: Path | None, dry_run: bool) -> float:
     """Pairs a second of ours, NaN where it is wrong."""
     source, lists = texts(data, dry_run)
-    folder, loss = checkpoint(shape, data, dry_run), STAGES[stage][0]
+    folder = checkpoint(shape, data, dry_run)
     step_lists = lists_of(stage, shape, lists, dry_run)
     num_pairs = sum(len(one.documents) for one in step_lists)
+    title = f"training, {stage}, {shape}, {len(step_lists)} lists, {num_pairs} pairs of {source} a step"
+    comparison, expected = compare_loops(title, folder, stage, step_lists, num_pairs, device, dry_run)
+    for size in (8,) if dry_run else (64, 256):
+        release_memory(device)
+        other = Contender(f"sentence-transformers' trainer, by {size}", lambda: None, num_pairs)
+        try:
+            other.durations = [their_trainer(folder, stage, step_lists, size, expected, device, 2 if dry_run else 12)]
+        except Exception as error:  # it needs `datasets`, and may run out of memory
+            other.failure = describe(error)
+        comparison.contenders.append(other)
+    ours = comparison["fastrank"]
+    return ours.rate if ours.durations else math.nan
+
+
+def compare_loops(
+    title: str, folder: Path, stage: str, step_lists: list, num_pairs: int, device: str, dry_run: bool
+) -> tuple[Comparison, float]:
+    """Ours beside the padded loop; and the loss that a first step must have."""
+    loss = STAGES[stage][0]
     options = {"device": device, "max_length": MAX_LENGTH, "dropout": 0.0, "loss": loss}
     options |= {"per_device_train_batch_size": len(step_lists), "output_dir": tempfile.mkdtemp()}
     config = TrainConfig(model=str(folder), train_data=step_lists, **options)
@@ -129,7 +148,6 @@ def compare(shape: str, stage: str, device: str, data: Path | None, dry_run: boo
             return loop.step(step_lists, size)
 
         made.append(Contender(f"padded bf16 loop, by {size}", step, num_pairs, check=check))
-    title = f"training, {stage}, {shape}, {len(step_lists)} lists, {num_pairs} pairs of {source} a step"
     for one in made[1:]:
         try:
             loop.step(step_lists, int(one.name.split()[-1]), update=False)
@@ -139,18 +157,7 @@ def compare(shape: str, stage: str, device: str, data: Path | None, dry_run: boo
     comparison = Comparison(title, "pairs", made, [], device)
     with numbers:
         comparison.measure(2 if dry_run else 4, memory=not dry_run, shortest_round=0 if dry_run else 0.2)
-    del trainer, bare, loop
-    release_memory(device)
-    for size in (8,) if dry_run else (64, 256):
-        name = f"sentence-transformers' trainer, by {size}"
-        try:
-            seconds = their_trainer(folder, stage, step_lists, size, expected, device, 2 if dry_run else 12)
-            other = Contender(name, lambda: None, num_pairs, durations=[seconds])
-        except Exception as error:  # it needs `datasets`, and may run out of memory
-            other = Contender(name, lambda: None, num_pairs, failure=describe(error))
-        made.append(other)
-        release_memory(device)
-    return made[0].rate if made[0].durations else math.nan
+    return comparison, expected
 
 
 def their_trainer(folder, stage: str, lists, size: int, expected: float, device: str, steps: int) -> float:
