@@ -14,6 +14,22 @@
 
 namespace fastrank {
 
+// Whole words of the vocabulary by their bytes: most words of a text are found here at once, others in the tree.
+class WordTable {
+ public:
+  explicit WordTable(const std::vector<std::pair<std::string, int32_t>>& vocabulary);
+  int32_t find(const char* word, size_t size) const;  // -1 where there is no such word
+
+ private:
+  struct Slot {
+    uint64_t hash = 0;
+    uint32_t begin = 0, size = 0;  // in bytes_; no word is empty
+    int32_t id = -1;
+  };
+  std::vector<Slot> slots_;  // open addressing, at most half full
+  std::string bytes_;
+};
+
 // The vocabulary as a tree of bytes.
 class ByteTree {
  public:
@@ -79,6 +95,7 @@ class WordPiece {
   void finish_word(Text& text) const;
   bool is_left(const char* bytes, const char* end) const;
 
+  WordTable words_;
   ByteTree tree_;
   uint32_t continuation_;  // the node where pieces inside a word begin
   int32_t unknown_id_;
@@ -86,6 +103,7 @@ class WordPiece {
   std::vector<std::string> left_;
   std::array<bool, 256> may_begin_left_{};
   std::array<unsigned char, 128> ascii_{};  // what the character becomes, 0 for what its page has to say
+  std::array<unsigned char, 256> inside_{};  // the same for what only goes on with a word, and 0 for all else
   std::array<std::atomic<const Page*>, NUM_PAGES> pages_{};
   std::vector<std::unique_ptr<const Page>> owned_pages_;
   std::mutex setting_page_;
