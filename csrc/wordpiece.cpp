@@ -22,7 +22,7 @@ uint32_t decode(const unsigned char*& next) {  // one character of valid UTF-8
 
 bool continues(unsigned char byte) { return (byte & 0xC0) == 0x80; }
 
-uint64_t hash_of(const char* word, size_t size) {
+uint32_t hash_of(const char* word, size_t size) {
   uint64_t hash = size;
   for (; size >= 8; word += 8, size -= 8) {
     uint64_t eight;
@@ -32,31 +32,36 @@ uint64_t hash_of(const char* word, size_t size) {
   }
   uint64_t rest = 0;
   for (size_t i = 0; i < size; ++i) rest = rest << 8 | static_cast<unsigned char>(word[i]);
-  hash = (hash ^ rest) * 0x9E3779B97F4A7C15u;
-  return hash ^ hash >> 32;
+  return uint32_t((hash ^ rest) * 0x9E3779B97F4A7C15u >> 32);
 }
 
 }  // namespace
 
-WordTable::WordTable(const std::vector<std::pair<std::string, int32_t>>& vocabulary) {
+WordTable::WordTable(const std::vector<std::pair<std::string, int32_t>>& vocabulary) : records_(1, '\0') {
   size_t size = 16;
   while (size < 2 * vocabulary.size()) size *= 2;
   slots_.resize(size);
   for (const auto& [word, id] : vocabulary) {
-    if (word.empty()) continue;
-    const uint64_t hash = hash_of(word.data(), word.size());
+    const uint32_t hash = hash_of(word.data(), word.size()), count = uint32_t(word.size());
     size_t at = hash & (size - 1);
-    while (slots_[at].size != 0) at = (at + 1) & (size - 1);
-    slots_[at] = {hash, uint32_t(bytes_.size()), uint32_t(word.size()), id};
-    bytes_ += word;
+    while (slots_[at].place != 0) at = (at + 1) & (size - 1);
+    slots_[at] = {hash, uint32_t(records_.size())};
+    records_.append(reinterpret_cast<const char*>(&id), sizeof id);
+    records_.append(reinterpret_cast<const char*>(&count), sizeof count);
+    records_ += word;
   }
 }
 
-int32_t WordTable::find(const char* word, size_t size) const {
-  const uint64_t hash = hash_of(word, size);
-  for (size_t at = hash & (slots_.size() - 1); slots_[at].size != 0; at = (at + 1) & (slots_.size() - 1)) {
-    const Slot& slot = slots_[at];
-    if (slot.hash == hash && slot.size == size && std::memcmp(bytes_.data() + slot.begin, word, size) == 0) return slot.id;
+int32_t WordTable::find(std::string_view word) const {
+  const uint32_t hash = hash_of(word.data(), word.size());
+  for (size_t at = hash & (slots_.size() - 1); slots_[at].place != 0; at = (at + 1) & (slots_.size() - 1)) {
+    if (slots_[at].hash != hash) continue;
+    const char* const record = records_.data() + slots_[at].place;
+    int32_t id;
+    uint32_t count;
+    std::memcpy(&id, record, sizeof id);
+    std::memcpy(&count, record + sizeof id, sizeof count);
+    if (count == word.size() && std::memcmp(record + sizeof id + sizeof count, word.data(), count) == 0) return id;
   }
   return -1;
 }
@@ -145,7 +150,7 @@ void WordPiece::finish_word(Text& text) const {
   const std::string& word = text.word;
   if (word.empty()) return;
   if (int64_t(word.size()) <= max_characters_)  // the whole word is the longest piece
-    if (const int32_t id = words_.find(word.data(), word.size()); id >= 0) {
+    if (const int32_t id = words_.find(word); id >= 0) {
       text.ids.push_back(id);
       text.word.clear();
       return;

@@ -18,16 +18,15 @@ namespace fastrank {
 class WordTable {
  public:
   explicit WordTable(const std::vector<std::pair<std::string, int32_t>>& vocabulary);
-  int32_t find(const char* word, size_t size) const;  // -1 where there is no such word
+  int32_t find(std::string_view word) const;  // -1 where there is no such word
 
  private:
+  // Small, so that the words of a text find most of what they need in a cache.
   struct Slot {
-    uint64_t hash = 0;
-    uint32_t begin = 0, size = 0;  // in bytes_; no word is empty
-    int32_t id = -1;
+    uint32_t hash = 0, place = 0;  // of the word's record, 0 for none
   };
   std::vector<Slot> slots_;  // open addressing, at most half full
-  std::string bytes_;
+  std::string records_;      // id, number of bytes, bytes
 };
 
 // The vocabulary as a tree of bytes.
