@@ -183,7 +183,7 @@ class PackedBatch:
         """The same batch on a device, without waiting for a GPU."""
         device, memory = torch.device(device), None
         if self._memory is not None and device.type == "cuda" and not self._memory.is_cuda:
-            memory = self._memory.to(device, non_blocking=True)
+            memory = self._memory.pin_memory().to(device, non_blocking=True)  # which leaves pinned memory as it is
         moved = send_together(self._tensors, device) if memory is None else _split(memory, self._tensors)
         return PackedBatch(
             *moved, max_pair_tokens=self.max_pair_tokens, min_pair_tokens=self.min_pair_tokens, _memory=memory
@@ -191,7 +191,7 @@ class PackedBatch:
 
     def copy_to(self, other: PackedBatch) -> None:
         """Writes a batch that lies on a CPU over one of the same shapes that to() has put on a GPU."""
-        memory = _join(self._tensors, pin_memory=True) if self._memory is None else self._memory
+        memory = _join(self._tensors, pin_memory=True) if self._memory is None else self._memory.pin_memory()
         target = _memory_of(other._tensors) if other._memory is None else other._memory
         target.copy_(memory, non_blocking=True)
 
