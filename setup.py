@@ -10,7 +10,7 @@ from setuptools.errors import CompileError
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 # What is no arithmetic is compiled once, for every processor.
-COMPILED_ONCE = ["csrc/bindings.cpp", "csrc/wordpiece.cpp"]
+COMPILED_ONCE = ["csrc/bindings.cpp", "csrc/pairs.cpp", "csrc/wordpiece.cpp"]
 IN_TILES = ["csrc/amx_encoder.cpp", "csrc/amx_linear.cpp"]
 KERNELS = sorted(path for path in map(str, Path("csrc").glob("*.cpp")) if path not in COMPILED_ONCE + IN_TILES)
 # FASTRANK_ISA, floats in a vector, compiler flags, files. `plain` is whatever the target's baseline offers; its vectors

@@ -19,13 +19,14 @@ import torch
 from accuracy import assert_accurate
 from attention_cases import cut
 from fp8_accuracy import assert_quantised, convert_as_gpus_do, emulated_fp8
-from gpu_models import SHAPES, agrees, batch_of, make_model
+from gpu_models import SHAPES, agrees, batch_of, make_model, pairs_of
 from listwise_cases import VARIANTS, make, options_of
 from torch import Tensor
 
 from fastrank import Reranker, ops
 from fastrank.kernels.attention import gpu as attention_kernels
 from fastrank.model.gpu_layers import has_fp8
+from fastrank.packing import Pairs, pack_pairs
 
 Case = tuple[str, Callable[[], None]]
 PROCESSES = 10
@@ -304,10 +305,11 @@ def graphs_agree(device: str, precision: str = "bf16") -> None:
         kinds = [90] * 10, [120, 30, 64] * 33, [8], [90] * 11, [500, 40], [100, 60, 200, 20] * 170
         found, expected = [], []
         for number, lengths in enumerate((*kinds, *kinds[::-1])):  # the second time with other ids, graphs interleaved
-            batch = batch_of(lengths, model.settings.vocab_size, "cpu", seed=number)
-            expected.append(model.score(batch.to(device)))
-            found.append(graphs.score(batch))
-            assert graphs.score(batch).equal(found[-1]), "a graph gives other scores when it is replayed"
+            pairs = Pairs.join(pairs_of(lengths, model.settings.vocab_size, seed=number))
+            order = np.random.default_rng(number).permutation(len(pairs))
+            expected.append(model.score(pack_pairs(pairs, order).to(device)))
+            found.append(graphs.score(pairs, order))
+            assert graphs.score(pairs, order).equal(found[-1]), "a graph gives other scores when it is replayed"
         complaint = agrees(torch.cat(found).float().cpu().numpy(), torch.cat(expected).float().cpu().numpy())
         assert complaint is None, complaint
 

@@ -13,7 +13,7 @@ from workloads import read_lists
 
 from fastrank.data import RankingList
 from fastrank.model import CrossEncoder
-from fastrank.packing import PackedBatch, pack_pairs
+from fastrank.packing import PackedBatch, Pair, pack_pairs
 
 BERT = {"model_type": "bert", "vocab_size": 30522, "num_labels": 1, "max_position_embeddings": 512}
 SHAPES = {
@@ -73,9 +73,12 @@ def make_model(shape: str, *, dropout: float | None = 0.0) -> CrossEncoder:
 
 def batch_of(lengths: Sequence[int], vocab_size: int, device: str, *, seed: int = 0) -> PackedBatch:
     """Random ids of pairs of these lengths."""
+    return pack_pairs(pairs_of(lengths, vocab_size, seed=seed)).to(device)
+
+
+def pairs_of(lengths: Sequence[int], vocab_size: int, *, seed: int = 0) -> list[Pair]:
     rng = np.random.default_rng(seed)
-    pairs = [(rng.integers(5, vocab_size, length), np.zeros(length, np.int64)) for length in lengths]
-    return pack_pairs(pairs).to(device)
+    return [(rng.integers(5, vocab_size, length), np.zeros(length, np.int64)) for length in lengths]
 
 
 def agrees(scores: np.ndarray, exact: np.ndarray) -> str | None:

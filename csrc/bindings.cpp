@@ -10,6 +10,7 @@
 #include <unistd.h>
 #endif
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
@@ -22,6 +23,7 @@
 #include <vector>
 
 #include "kernels.hpp"
+#include "pairs.hpp"
 #include "wordpiece.hpp"
 
 namespace py = pybind11;
@@ -280,17 +282,84 @@ void define_wordpiece(py::module_& m) {
               py::gil_scoped_release released;
               encoded = self.encode(views, enough, num_threads);
             }
-            std::vector<int64_t> needing_pages, left(unreadable.begin(), unreadable.end());
-            for (size_t i = 0; i < views.size(); ++i) {
-              if (encoded.states[i] == WordPiece::State::NEEDS_PAGES) needing_pages.push_back(int64_t(i));
+            std::vector<int64_t> left(unreadable.begin(), unreadable.end());
+            for (size_t i = 0; i < views.size(); ++i)
               if (encoded.states[i] == WordPiece::State::LEFT) left.push_back(int64_t(i));
-            }
-            return py::make_tuple(array_of(std::move(encoded.ids)), array_of(std::move(encoded.ends)), needing_pages,
-                                  encoded.pages, left);
+            std::sort(left.begin(), left.end());
+            return py::make_tuple(array_of(std::move(encoded.ids)), array_of(std::move(encoded.ends)), encoded.pages, left);
           },
-          "ids of all texts, where each text's end, and which texts have none: those that need pages, the pages, and those "
-          "that are left to the reference. The list must not change meanwhile.",
+          "ids of all texts, where each text's end, the pages that some need, without which they have no ids, and the texts that "
+          "are left to the reference and have none. The list must not change meanwhile.",
           py::arg("texts"), py::arg("enough"), py::arg("num_threads"));
+}
+
+// Pairs in flat arrays (csrc/pairs.hpp); fastrank/tokens.py and fastrank/packing.py give nothing that overruns them.
+void define_pairs(py::module_& m) {
+  using Ids = Array<int32_t>;
+  using Places = Array<int64_t>;
+  const auto view = [](const Ids& ids, const Ids& types, const Places& begins, const Places& counts) {
+    return fastrank::PairsView{ids.data(), types.data(), begins.data(), counts.data(), counts.size()};
+  };
+  m.def(
+      "join_pairs",
+      [](const Ids& query_ids, const Places& query_begins, const Places& query_counts, const Ids& document_ids,
+         const Places& document_begins, const Places& document_counts, const std::vector<std::pair<Ids, Ids>>& frame,
+         int32_t query_type, int32_t document_type) {
+        const int64_t count = query_counts.size();
+        fastrank::Frame around{{}, {}, {}, query_type, document_type};
+        int64_t num_around = 0, end = 0;
+        for (size_t i = 0; i < 3; ++i) {
+          const auto& [ids, types] = frame.at(i);
+          around.ids[i] = ids.data(), around.types[i] = types.data(), around.counts[i] = ids.size();
+          num_around += ids.size();
+        }
+        std::vector<int64_t> ends(size_t(count), 0);
+        for (int64_t i = 0; i < count; ++i)
+          ends[size_t(i)] = end += num_around + query_counts.data()[i] + document_counts.data()[i];
+        py::array_t<int32_t> ids(end), types(end);
+        {
+          int32_t* const ids_out = ids.mutable_data();
+          int32_t* const types_out = types.mutable_data();
+          py::gil_scoped_release released;
+          fastrank::join_pairs({query_ids.data(), query_begins.data(), query_counts.data()},
+                               {document_ids.data(), document_begins.data(), document_counts.data()}, around, count, ids_out,
+                               types_out);
+        }
+        return py::make_tuple(ids, types, array_of(std::move(ends)));
+      },
+      "Joins spans of query and document ids, each (begins, counts) in its ids, within a frame of three (ids, types): ids, types "
+      "and ends of the pairs.",
+      py::arg("query_ids").noconvert(), py::arg("query_begins").noconvert(), py::arg("query_counts").noconvert(),
+      py::arg("document_ids").noconvert(), py::arg("document_begins").noconvert(), py::arg("document_counts").noconvert(),
+      py::arg("frame"), py::arg("query_type"), py::arg("document_type"));
+  m.def(
+      "find_distinct",
+      [view](const Ids& ids, const Ids& types, const Places& begins, const Places& counts) {
+        const auto pairs = view(ids, types, begins, counts);
+        py::array_t<int64_t> place(pairs.num_pairs);
+        std::vector<int64_t> first;
+        {
+          int64_t* const out = place.mutable_data();
+          py::gil_scoped_release released;
+          fastrank::find_distinct(pairs, out, first);
+        }
+        return py::make_tuple(place, array_of(std::move(first)));
+      },
+      "Which of the different pairs each one is, and where each of those stands first.", py::arg("ids").noconvert(),
+      py::arg("types").noconvert(), py::arg("begins").noconvert(), py::arg("counts").noconvert());
+  m.def(
+      "pack_pairs",
+      [view](const Ids& ids, const Ids& types, const Places& begins, const Places& counts, int32_t filler_id,
+             int32_t filler_type, Places& token_ids, Places& token_types, Places& positions, Ids& pair_offsets) {
+        const auto pairs = view(ids, types, begins, counts);
+        const fastrank::PackedView packed{token_ids.mutable_data(),    token_types.mutable_data(), positions.mutable_data(),
+                                          pair_offsets.mutable_data(), token_ids.size(),           pair_offsets.size() - 1};
+        py::gil_scoped_release released;
+        fastrank::pack_pairs(pairs, filler_id, filler_type, packed);
+      },
+      "Writes pairs into a batch's arrays, and fills up what these have room for.", py::arg("ids").noconvert(),
+      py::arg("types").noconvert(), py::arg("begins").noconvert(), py::arg("counts").noconvert(), py::arg("filler_id"), py::arg("filler_type"), py::arg("token_ids").noconvert(), py::arg("token_types").noconvert(),
+      py::arg("positions").noconvert(), py::arg("pair_offsets").noconvert());
 }
 
 // Operations on hidden states, under the same names for float32 and bf16 (Value).
@@ -555,4 +624,5 @@ PYBIND11_MODULE(_cpu, m) {
   define_listwise(m, "mse", &fastrank::Kernels::mse);
   define_listwise(m, "pearson", &fastrank::Kernels::pearson);
   define_wordpiece(m);
+  define_pairs(m);
 }

@@ -22,7 +22,49 @@ uint32_t decode(const unsigned char*& next) {  // one character of valid UTF-8
 
 bool continues(unsigned char byte) { return (byte & 0xC0) == 0x80; }
 
+uint32_t hash_of(const char* word, size_t size) {
+  uint64_t hash = size;
+  for (; size >= 8; word += 8, size -= 8) {
+    uint64_t eight;
+    std::memcpy(&eight, word, 8);
+    hash = (hash ^ eight) * 0x9E3779B97F4A7C15u;
+    hash ^= hash >> 32;
+  }
+  uint64_t rest = 0;
+  for (size_t i = 0; i < size; ++i) rest = rest << 8 | static_cast<unsigned char>(word[i]);
+  return uint32_t((hash ^ rest) * 0x9E3779B97F4A7C15u >> 32);
+}
+
 }  // namespace
+
+WordTable::WordTable(const std::vector<std::pair<std::string, int32_t>>& vocabulary) : records_(1, '\0') {
+  size_t size = 16;
+  while (size < 2 * vocabulary.size()) size *= 2;
+  slots_.resize(size);
+  for (const auto& [word, id] : vocabulary) {
+    const uint32_t hash = hash_of(word.data(), word.size()), count = uint32_t(word.size());
+    size_t at = hash & (size - 1);
+    while (slots_[at].place != 0) at = (at + 1) & (size - 1);
+    slots_[at] = {hash, uint32_t(records_.size())};
+    records_.append(reinterpret_cast<const char*>(&id), sizeof id);
+    records_.append(reinterpret_cast<const char*>(&count), sizeof count);
+    records_ += word;
+  }
+}
+
+int32_t WordTable::find(std::string_view word) const {
+  const uint32_t hash = hash_of(word.data(), word.size());
+  for (size_t at = hash & (slots_.size() - 1); slots_[at].place != 0; at = (at + 1) & (slots_.size() - 1)) {
+    if (slots_[at].hash != hash) continue;
+    const char* const record = records_.data() + slots_[at].place;
+    int32_t id;
+    uint32_t count;
+    std::memcpy(&id, record, sizeof id);
+    std::memcpy(&count, record + sizeof id, sizeof count);
+    if (count == word.size() && std::memcmp(record + sizeof id + sizeof count, word.data(), count) == 0) return id;
+  }
+  return -1;
+}
 
 ByteTree::ByteTree() : edges_(1024), ids_{-1}, mask_(1023) {}
 
@@ -72,7 +114,7 @@ struct WordPiece::Text {
 
 WordPiece::WordPiece(const std::vector<std::pair<std::string, int32_t>>& vocabulary, const std::string& continuation,
                      int32_t unknown_id, int64_t max_characters, std::vector<std::string> left_to_reference)
-    : unknown_id_(unknown_id), max_characters_(max_characters), left_(std::move(left_to_reference)) {
+    : words_(vocabulary), unknown_id_(unknown_id), max_characters_(max_characters), left_(std::move(left_to_reference)) {
   for (const auto& [word, id] : vocabulary) tree_.insert(word, id);
   continuation_ = tree_.walk(continuation);
   for (const auto& content : left_)
@@ -89,6 +131,9 @@ void WordPiece::set_page(uint32_t page, const std::vector<std::string>& replacem
     made->bytes += replacements[i];
     if (page == 0 && i < 128 && replacements[i].size() == 1) ascii_[i] = static_cast<unsigned char>(replacements[i][0]);
   }
+  if (page == 0)
+    for (size_t i = 0; i < 128; ++i)
+      if (ascii_[i] < 128 && !may_begin_left_[i]) inside_[i] = ascii_[i];
   made->begins[PAGE_SIZE] = uint32_t(made->bytes.size());
   owned_pages_.push_back(std::move(made));
   pages_[page].store(owned_pages_.back().get());
@@ -104,6 +149,12 @@ bool WordPiece::is_left(const char* bytes, const char* end) const {
 void WordPiece::finish_word(Text& text) const {
   const std::string& word = text.word;
   if (word.empty()) return;
+  if (int64_t(word.size()) <= max_characters_)  // the whole word is the longest piece
+    if (const int32_t id = words_.find(word); id >= 0) {
+      text.ids.push_back(id);
+      text.word.clear();
+      return;
+    }
   const size_t num_before = text.ids.size();
   bool known = int64_t(word.size()) <= max_characters_ ||
                word.size() - std::count_if(word.begin(), word.end(), continues) <= size_t(max_characters_);
@@ -132,6 +183,11 @@ void WordPiece::read(std::string_view bytes, int64_t enough, Text& text) const {
   const size_t limit = enough < 0 ? SIZE_MAX : text.ids.size() + size_t(enough);
   text.word.clear();
   while (next != end && text.ids.size() < limit) {
+    if (const unsigned char becomes = inside_[*next]; becomes != 0) {
+      text.word += char(becomes);
+      ++next;
+      continue;
+    }
     if (may_begin_left_[*next] && is_left(reinterpret_cast<const char*>(next), reinterpret_cast<const char*>(end))) {
       text.state = State::LEFT;
       return;

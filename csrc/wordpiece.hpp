@@ -14,6 +14,21 @@
 
 namespace fastrank {
 
+// Whole words of the vocabulary by their bytes: most words of a text are found here at once, others in the tree.
+class WordTable {
+ public:
+  explicit WordTable(const std::vector<std::pair<std::string, int32_t>>& vocabulary);
+  int32_t find(std::string_view word) const;  // -1 where there is no such word
+
+ private:
+  // Small, so that the words of a text find most of what they need in a cache.
+  struct Slot {
+    uint32_t hash = 0, place = 0;  // of the word's record, 0 for none
+  };
+  std::vector<Slot> slots_;  // open addressing, at most half full
+  std::string records_;      // id, number of bytes, bytes
+};
+
 // The vocabulary as a tree of bytes.
 class ByteTree {
  public:
@@ -79,6 +94,7 @@ class WordPiece {
   void finish_word(Text& text) const;
   bool is_left(const char* bytes, const char* end) const;
 
+  WordTable words_;
   ByteTree tree_;
   uint32_t continuation_;  // the node where pieces inside a word begin
   int32_t unknown_id_;
@@ -86,6 +102,7 @@ class WordPiece {
   std::vector<std::string> left_;
   std::array<bool, 256> may_begin_left_{};
   std::array<unsigned char, 128> ascii_{};  // what the character becomes, 0 for what its page has to say
+  std::array<unsigned char, 256> inside_{};  // the same for what only goes on with a word, and 0 for all else
   std::array<std::atomic<const Page*>, NUM_PAGES> pages_{};
   std::vector<std::unique_ptr<const Page>> owned_pages_;
   std::mutex setting_page_;

@@ -7,15 +7,64 @@ order is restored here; lists that are trained on keep their order and stay whol
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
+if importlib.util.find_spec("fastrank._cpu") is None:
+    _cpu = None  # what it does is written in Python, too
+else:
+    from fastrank import _cpu
+
 Pair = tuple[np.ndarray, np.ndarray]  # token ids and token types, as PairTokenizer.pair returns them
+
+
+class EncodedTexts(Sequence[np.ndarray]):
+    """Token ids of texts, one after another in one array: a sequence of int32 arrays (tokens,), views of it.
+
+    Arguments:
+        ids: int32 (tokens,).
+        ends: int64 (texts,), where each text ends.
+    """
+
+    def __init__(self, ids: np.ndarray, ends: np.ndarray):
+        self.ids, self.begins, self.ends = ids, _begins(ends), ends
+
+    @classmethod
+    def join(cls, arrays: Sequence[np.ndarray]) -> EncodedTexts:
+        """The same texts."""
+        lengths = np.fromiter(map(len, arrays), np.int64, len(arrays))
+        return cls(np.concatenate([np.zeros(0, np.int32), *arrays]), lengths.cumsum())
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each text, int64 (texts,)."""
+        return self.ends - self.begins
+
+    def insert(self, places: Sequence[int], arrays: Sequence[np.ndarray]) -> EncodedTexts:
+        """With these in the places, ascending, of texts that have no tokens."""
+        runs = np.split(self.ids, self.ends[places])
+        lengths = self.lengths
+        lengths[places] = [len(ids) for ids in arrays]
+        between = itertools.chain.from_iterable(zip(arrays, runs[1:], strict=True))
+        return EncodedTexts(np.concatenate([runs[0], *between]), lengths.cumsum())
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return self.ids[self.begins[index] : self.ends[index]]
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for begin, end in zip(self.begins.tolist(), self.ends.tolist(), strict=True):
+            yield self.ids[begin:end]
 
 
 class Pairs(Sequence[Pair]):
@@ -29,7 +78,7 @@ class Pairs(Sequence[Pair]):
 
     def __init__(self, ids: np.ndarray, types: np.ndarray, ends: np.ndarray):
         self.ids, self.types = ids, types
-        self.begins, self.ends = np.concatenate([[0], ends[:-1]]), ends
+        self.begins, self.ends = _begins(ends), ends
 
     @classmethod
     def join(cls, pairs: Sequence[Pair]) -> Pairs:
@@ -63,7 +112,10 @@ class Pairs(Sequence[Pair]):
             yield self.ids[begin:end], self.types[begin:end]
 
     def find_distinct(self) -> tuple[np.ndarray, np.ndarray]:
-        """Which of the different pairs each one is, and where each of those stands first; both int64."""
+        """Which of the different pairs each one is, counted as they appear, and where each of those stands first; both
+        int64."""
+        if _cpu is not None:
+            return _cpu.find_distinct(self.ids, self.types, self.begins, self.lengths)
         ids, types = (np.ascontiguousarray(array).tobytes() for array in (self.ids, self.types))
         size, places = self.ids.itemsize, {}
         cuts = itertools.pairwise([0, *(size * self.ends).tolist()])
@@ -71,14 +123,14 @@ class Pairs(Sequence[Pair]):
         place = np.array(place, dtype=np.int64)
         return place, np.unique(place, return_index=True)[1]
 
-    def gather(self, order: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Some pairs, one after another: ids and types as here, positions within the pair, all (tokens,), and the
-        lengths (pairs,)."""
-        lengths = self.lengths[order]
-        ends = lengths.cumsum()
-        positions = np.arange(int(ends[-1]) if len(ends) else 0) - (ends - lengths).repeat(lengths)
-        places = positions + self.begins[order].repeat(lengths)
-        return self.ids[places], self.types[places], positions, lengths
+
+@dataclass(frozen=True)
+class Bucket:
+    """Tokens, pairs and tokens of the longest pair that batches are filled up to."""
+
+    num_tokens: int
+    num_pairs: int
+    longest: int
 
 
 @dataclass(frozen=True)
@@ -101,6 +153,7 @@ class PackedBatch:
     list_offsets: Tensor
     max_pair_tokens: int = -1
     min_pair_tokens: int = -1
+    _memory: Tensor | None = field(default=None, repr=False)  # the bytes of all five, where _join() would put them
 
     def __post_init__(self):
         if min(self.max_pair_tokens, self.min_pair_tokens) < 0:
@@ -128,12 +181,19 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch on a device, without waiting for a GPU."""
-        moved = send_together(self._tensors, device)
-        return PackedBatch(*moved, max_pair_tokens=self.max_pair_tokens, min_pair_tokens=self.min_pair_tokens)
+        device, memory = torch.device(device), None
+        if self._memory is not None and device.type == "cuda" and not self._memory.is_cuda:
+            memory = self._memory.pin_memory().to(device, non_blocking=True)  # which leaves pinned memory as it is
+        moved = send_together(self._tensors, device) if memory is None else _split(memory, self._tensors)
+        return PackedBatch(
+            *moved, max_pair_tokens=self.max_pair_tokens, min_pair_tokens=self.min_pair_tokens, _memory=memory
+        )
 
     def copy_to(self, other: PackedBatch) -> None:
         """Writes a batch that lies on a CPU over one of the same shapes that to() has put on a GPU."""
-        _memory_of(other._tensors).copy_(_join(self._tensors, pin_memory=True), non_blocking=True)
+        memory = _join(self._tensors, pin_memory=True) if self._memory is None else self._memory.pin_memory()
+        target = _memory_of(other._tensors) if other._memory is None else other._memory
+        target.copy_(memory, non_blocking=True)
 
     @property
     def _tensors(self) -> tuple[Tensor, ...]:
@@ -143,7 +203,7 @@ class PackedBatch:
 def _memory_of(tensors: Sequence[Tensor]) -> Tensor:
     """The bytes that _split() cut into these."""
     return torch.empty(0, dtype=torch.uint8, device=tensors[0].device).set_(
-        tensors[0].untyped_storage(), 0, (_places(tensors)[-1],)
+        tensors[0].untyped_storage(), 0, (_places([tensor.nbytes for tensor in tensors])[-1],)
     )
 
 
@@ -158,7 +218,7 @@ def send_together(tensors: Sequence[Tensor], device: torch.device | str) -> list
 
 def _join(tensors: Sequence[Tensor], *, pin_memory: bool = False) -> Tensor:
     """The bytes of tensors, one after the other, each from a multiple of 16 on."""
-    places = _places(tensors)
+    places = _places([tensor.nbytes for tensor in tensors])
     memory = torch.empty(places[-1], dtype=torch.uint8, pin_memory=pin_memory)
     target = memory.numpy()
     for place, tensor in zip(places, tensors, strict=False):
@@ -170,21 +230,27 @@ def _split(memory: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """What _join() joined, of the dtypes and shapes of `like`."""
     return [
         memory[place : place + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        for place, tensor in zip(_places(like), like, strict=False)
+        for place, tensor in zip(_places([tensor.nbytes for tensor in like]), like, strict=False)
     ]
 
 
-def _places(tensors: Sequence[Tensor]) -> list[int]:
-    """Where each tensor begins, in bytes, and where the last one ends."""
+def _places(sizes: Sequence[int]) -> list[int]:
+    """Where arrays of so many bytes begin, and where the last one ends."""
     places = [0]
-    for tensor in tensors:
-        places.append(places[-1] + -(-tensor.nbytes // 16) * 16)
+    for size in sizes:
+        places.append(places[-1] + -(-size // 16) * 16)
     return places
 
 
 def _lengths(pairs: Sequence[Pair]) -> np.ndarray:
     """Tokens of each pair, int64 (pairs,)."""
     return pairs.lengths if isinstance(pairs, Pairs) else np.array([len(ids) for ids, _ in pairs], dtype=np.int64)
+
+
+def _begins(ends: np.ndarray) -> np.ndarray:
+    begins = np.zeros_like(ends)
+    begins[1:] = ends[:-1]
+    return begins
 
 
 def _concatenate(arrays: Sequence[np.ndarray]) -> np.ndarray:
@@ -198,14 +264,24 @@ def _concatenate(arrays: Sequence[np.ndarray]) -> np.ndarray:
     return as_int32
 
 
-def pack_pairs(pairs: Sequence[Pair], order: np.ndarray | None = None) -> PackedBatch:
+def pack_pairs(
+    pairs: Sequence[Pair],
+    order: np.ndarray | None = None,
+    *,
+    bucket: Bucket | None = None,
+    filler: tuple[int, int] = (0, 0),
+    pin_memory: bool = False,
+) -> PackedBatch:
     """Packs pairs as one list.
 
     Arguments:
         pairs: (ids, types) each, int (tokens of the pair,). No pairs give one empty list.
         order: int (n,), which of the pairs, and in which order; default: all as they stand.
+        bucket: what the batch is filled up to, as model.graphs.fill does it, with pairs of such a token id and type
+            (`filler`); it must have room for one more pair, and a token for each. Default: nothing is added.
+        pin_memory: where the batch lies on the CPU, so that its copy to a GPU need not wait.
     """
-    return _pack(pairs, [len(pairs) if order is None else len(order)], order)
+    return _pack(pairs, [len(pairs) if order is None else len(order)], order, bucket, filler, pin_memory)
 
 
 def pack_lists(lists: Sequence[Sequence[Pair]]) -> PackedBatch:
@@ -290,16 +366,62 @@ def _offsets(sizes: Sequence[int] | np.ndarray) -> np.ndarray:
     return offsets
 
 
-def _pack(pairs: Sequence[Pair], list_sizes: Sequence[int], order: np.ndarray | None = None) -> PackedBatch:
+def _pack(
+    pairs: Sequence[Pair],
+    list_sizes: Sequence[int],
+    order: np.ndarray | None = None,
+    bucket: Bucket | None = None,
+    filler: tuple[int, int] = (0, 0),
+    pin_memory: bool = False,
+) -> PackedBatch:
+    lengths = _lengths(pairs)[slice(None) if order is None else order]
     # Before anything is copied: what is too much for the offsets may be too much for the memory.
-    offsets = _offsets(_lengths(pairs)[slice(None) if order is None else order])
-    ids, types, positions, lengths = Pairs.join(pairs).gather(np.arange(len(pairs)) if order is None else order)
-    return PackedBatch(
-        torch.from_numpy(ids.astype(np.int64)),
-        torch.from_numpy(types.astype(np.int64)),
-        torch.from_numpy(positions),
-        torch.from_numpy(offsets.astype(np.int32)),
-        torch.from_numpy(_offsets(list_sizes).astype(np.int32)),
-        max_pair_tokens=int(lengths.max()) if len(lengths) else 0,
-        min_pair_tokens=int(lengths.min()) if len(lengths) else 0,
+    _offsets(lengths)
+    list_offsets = _offsets(list_sizes)
+    pairs = Pairs.join(pairs)
+    begins = pairs.begins[slice(None) if order is None else order]
+    num_tokens, num_pairs = (
+        (int(lengths.sum()), len(lengths)) if bucket is None else (bucket.num_tokens, bucket.num_pairs)
     )
+    # Written once, to where a GPU takes all of it from.
+    memory, parts = _allocate(
+        [(np.int64, num_tokens)] * 3 + [(np.int32, num_pairs + 1), (np.int32, len(list_offsets))], pin_memory
+    )
+    if _cpu is None:
+        _write(pairs, begins, lengths, filler, *parts[:4])
+    else:
+        _cpu.pack_pairs(pairs.ids, pairs.types, begins, lengths, *filler, *parts[:4])
+    parts[4][:] = list_offsets
+    if bucket is not None:
+        shortest, longest = 1, bucket.longest
+    else:
+        shortest, longest = (int(lengths.min()), int(lengths.max())) if len(lengths) else (0, 0)
+    return PackedBatch(*map(torch.from_numpy, parts), max_pair_tokens=longest, min_pair_tokens=shortest, _memory=memory)
+
+
+def _write(pairs, begins, lengths, filler, token_ids, token_types, positions, pair_offsets) -> None:
+    """Pairs, and what fills the arrays up, as csrc/pairs.hpp's pack_pairs() writes them."""
+    num_tokens, num_missing = int(lengths.sum()), len(pair_offsets) - 1 - len(lengths)
+    if num_missing:
+        shorter, num_longer = divmod(len(token_ids) - num_tokens, num_missing)
+        added = np.full(num_missing, shorter)
+        added[:num_longer] += 1
+    else:
+        added = np.zeros(0, np.int64)
+    every = np.concatenate([lengths, added])
+    pair_offsets[0] = 0
+    np.cumsum(every, out=pair_offsets[1:])
+    positions[:] = np.arange(len(positions)) - np.repeat(pair_offsets[:-1], every)
+    places = positions[:num_tokens] + begins.repeat(lengths)
+    for target, source, value in zip((token_ids, token_types), (pairs.ids, pairs.types), filler, strict=True):
+        target[:num_tokens] = source[places]
+        target[num_tokens:] = value
+
+
+def _allocate(parts: Iterable[tuple[type, int]], pin_memory: bool) -> tuple[Tensor, list[np.ndarray]]:
+    """Memory for arrays of such types and sizes as _join() lays them out, and the arrays."""
+    sizes = [(np.dtype(kind), np.dtype(kind).itemsize * count) for kind, count in parts]
+    places = _places([size for _, size in sizes])
+    memory = torch.empty(places[-1], dtype=torch.uint8, pin_memory=pin_memory)
+    target = memory.numpy()
+    return memory, [target[place : place + size].view(kind) for place, (kind, size) in zip(places, sizes, strict=False)]

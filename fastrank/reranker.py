@@ -26,8 +26,8 @@ from fastrank.checkpoint import WEIGHT_FILES, load_model, score_activation
 from fastrank.command_line import MAX_THREADS
 from fastrank.model import CrossEncoder
 from fastrank.model.gpu_layers import can_run, has_fp8
-from fastrank.model.graphs import MOST_TOKENS, Bucket, Graphs, fill, plan_one_shape
-from fastrank.packing import PackedBatch, Pair, Pairs, pack_pairs, plan_batches, plan_even_batches, restore_order
+from fastrank.model.graphs import MOST_TOKENS, Bucket, Graphs, plan_one_shape
+from fastrank.packing import Pair, Pairs, pack_pairs, plan_batches, plan_even_batches, restore_order
 from fastrank.quantized import FILE as INT8_FILE
 from fastrank.quantized import load_int8
 from fastrank.ranking import RankedDocument, Ranking, describe, document_id, document_text
@@ -42,8 +42,8 @@ DEFAULT_MODEL = "cross-encoder/ms-marco-MiniLM-L6-v2"
 # memory anew, and has it cleared, every time.
 HIDDEN_NUMBERS = {"cuda": 2**26, "cpu": 6144 * 384}
 # Pairs that a GPU is given at once: enough for several batches of one length each; with graphs, which start at once, no
-# more than keep it busy while the next ones are tokenized.
-PART_PAIRS, PART_PAIRS_BY_GRAPHS = 8192, 1024
+# more than keep it busy while the next ones are tokenized, which at first are few, so that it starts early.
+PART_PAIRS, FIRST_PART_PAIRS_BY_GRAPHS, PART_PAIRS_BY_GRAPHS = 8192, 256, 1024
 DTYPES = {
     "float32": "float32",
     "fp32": "float32",
@@ -264,7 +264,7 @@ class Reranker:
             if isinstance(pair, (str, bytes, Mapping, Set)) or not hasattr(pair, "__len__") or len(pair) != 2:
                 raise TypeError(f"Pair {i} must be a query and a document, not {describe(pair)}.")
             queries.append(_query_text(pair[0], f"The query of pair {i}"))
-            documents.append([document_text(pair[1], f"The document of pair {i}")])
+            documents.append([document_text(pair[1], lambda i=i: f"The document of pair {i}")])
         return _activate(self._score(queries, documents, lambda i, _: f"pair {i}"), activation)
 
     def score_lists(self, lists: Sequence[RankingList]) -> list[np.ndarray]:
@@ -281,40 +281,51 @@ class Reranker:
             return f"document {j} of query {i}" if several else f"document {j}"
 
         texts = [
-            [document_text(document, name(i, j).capitalize()) for j, document in enumerate(documents)]
+            [
+                document
+                if isinstance(document, str)
+                else document_text(document, lambda i=i, j=j: name(i, j).capitalize())
+                for j, document in enumerate(documents)
+            ]
             for i, documents in enumerate(lists)
         ]
         queries = [_query_text(query, f"Query {i}") for i, query in enumerate(queries)]
-        raw = self._score(queries, texts, name)
-        rankings, start = [], 0
-        for query, documents in zip(queries, lists, strict=True):
-            scores = raw[start : start + len(documents)]
-            start += len(documents)
-            best = np.argsort(-scores, kind="stable")[:limit]
-            shown = _activate(scores[best], activation).tolist()
-            rankings.append(
-                Ranking(
-                    query,
-                    (
-                        RankedDocument(i, score, documents[i], document_id(documents[i]))
-                        for i, score in zip(best.tolist(), shown, strict=True)
-                    ),
-                )
-            )
+        rankings = []
+        for part, raw in self._score_parts(queries, texts, name):
+            start = 0
+            for query, documents in zip(queries[part.start : part.stop], lists[part.start : part.stop], strict=True):
+                scores = raw[start : start + len(documents)]
+                start += len(documents)
+                best = np.argsort(-scores, kind="stable")[:limit]
+                shown = _activate(scores[best], activation).tolist()
+                best = best.tolist()
+                chosen = [documents[i] for i in best]
+                rankings.append(Ranking(query, map(RankedDocument, best, shown, chosen, map(document_id, chosen))))
         return rankings
 
     def _score(self, queries: list[str], documents: list[list[str]], name: Callable[[int, int], str]) -> np.ndarray:
         """Raw scores of every query with its documents, float32, one list after the other."""
-        started = []
+        return np.concatenate([scores for _, scores in self._score_parts(queries, documents, name)])
+
+    def _score_parts(
+        self, queries: list[str], documents: list[list[str]], name: Callable[[int, int], str]
+    ) -> Iterator[tuple[range, np.ndarray]]:
+        """The same part by part: which lists, and their scores. A GPU is at the next part when one is yielded."""
+        before = None
         for part in self._parts(documents):
             pairs = self._encode(queries[part.start : part.stop], documents[part.start : part.stop])
             self._warn_of_truncation()
-            # A GPU scores this part while the next one is tokenized.
-            started.append(self._start(pairs))
-        scores = np.concatenate([self._finish(*one) for one in started])
+            started = part, self._start(pairs)
+            if before is not None:
+                yield before[0], self._finish_part(*before, queries, documents, name)
+            before = started
+        yield before[0], self._finish_part(*before, queries, documents, name)
+
+    def _finish_part(self, part, started, queries, documents, name) -> np.ndarray:
+        scores = self._finish(*started)
         if np.isnan(scores).any():
             position = int(np.flatnonzero(np.isnan(scores))[0])
-            places = [(i, j) for i, texts in enumerate(documents) for j in range(len(texts))]
+            places = [(i, j) for i in part for j in range(len(documents[i]))]
             i, j = places[position]
             raise ValueError(
                 f"The score of {name(i, j)} is NaN (query {queries[i][:60]!r}, document {documents[i][j][:60]!r}): "
@@ -326,39 +337,40 @@ class Reranker:
         """Whole lists that are tokenized at once: all of them on a CPU, at least so many pairs on a GPU."""
         if self.device.type == "cpu":
             return [range(len(documents))]
+        if self._graphs is None:
+            enough = most = PART_PAIRS
+        else:
+            enough, most = FIRST_PART_PAIRS_BY_GRAPHS, PART_PAIRS_BY_GRAPHS
         parts, start, size = [], 0, 0
         for i, texts in enumerate(documents):
             size += len(texts)
-            if size >= (PART_PAIRS if self._graphs is None else PART_PAIRS_BY_GRAPHS):
+            if size >= enough:
                 parts.append(range(start, i + 1))
-                start, size = i + 1, 0
-        return [*parts, range(start, len(documents))]
+                start, size, enough = i + 1, 0, min(2 * enough, most)
+        if start < len(documents) or not parts:
+            parts.append(range(start, len(documents)))
+        return parts
 
     def _encode(self, queries: list[str], documents: list[list[str]]) -> Pairs:
+        query_of, unique_queries = _find_unique(queries)
+        document_of, unique_documents = _find_unique([text for texts in documents for text in texts])
         with _cpu_threads(self.num_threads):
-            query_ids = dict(zip(unique := list(dict.fromkeys(queries)), self.tokenizer.encode(unique), strict=True))
-            unique = list(dict.fromkeys(text for texts in documents for text in texts))
-            enough = self.tokenizer.enough_tokens(max(map(len, query_ids.values()), default=0))
-            document_ids = dict(zip(unique, self.tokenizer.encode(unique, enough=enough), strict=True))
-        of_queries = [
-            ids
-            for query, texts in zip(queries, documents, strict=True)
-            for ids in itertools.repeat(query_ids[query], len(texts))
-        ]
-        return self.tokenizer.pairs(of_queries, [document_ids[text] for texts in documents for text in texts])
+            of_queries = self.tokenizer.encode_together(unique_queries)
+            enough = self.tokenizer.enough_tokens(int(of_queries.lengths.max(initial=0)))
+            of_documents = self.tokenizer.encode_together(unique_documents, enough=enough)
+        return self.tokenizer.join(of_queries, query_of.repeat([*map(len, documents)]), of_documents, document_of)
 
     def score_pairs(self, pairs: Sequence[Pair]) -> np.ndarray:
         """Raw scores of pairs of token ids and token types, as PairTokenizer.pair gives them: float32 (pairs,)."""
-        return self._finish(*self._start(pairs))
+        return self._finish(*self._start(Pairs.join(pairs)))
 
-    def _start(self, pairs: Sequence[Pair]) -> tuple[np.ndarray, list[np.ndarray], list[torch.Tensor]]:
-        """Begins to score pairs: which of the distinct ones each is, how these are batched, and their scores, for which
-        a GPU has not been waited for."""
+    def _start(self, pairs: Pairs) -> tuple[np.ndarray, list[np.ndarray], torch.Tensor, torch.cuda.Event | None]:
+        """Begins to score pairs: which of the distinct ones each is, how these are batched, and the batches' scores on
+        the CPU, which are there when a GPU has come to the event."""
         # Equal pairs must tie, and rows of one matrix product may round differently: each is scored once (in a part).
-        joined = Pairs.join(pairs)
-        place, distinct = joined.find_distinct()
+        place, distinct = pairs.find_distinct()
         # In order of length the largest batch comes first, so that a lack of memory shows at once.
-        lengths = joined.lengths[distinct]
+        lengths = pairs.lengths[distinct]
         shape = None
         if self.deterministic and self.device.type == "cuda":
             plan, shape = plan_one_shape(lengths, self.model.max_pair_tokens)
@@ -367,16 +379,22 @@ class Reranker:
         else:
             plan = plan_batches(lengths, 1 if self.deterministic else self.max_batch_tokens)
         with torch.inference_mode(), _cpu_threads(self.num_threads):
-            parts = [self._score_batch(pack_pairs(joined, distinct[batch]), shape) for batch in plan]
-        return place, plan, parts
+            parts = [self._score_batch(pairs, distinct[batch], shape) for batch in plan]
+            scores = torch.cat(parts) if len(parts) > 1 else parts[0] if parts else torch.zeros(0)
+            if not scores.is_cuda:
+                return place, plan, scores, None
+            # Copied by the GPU itself, which else would be waited for until it has done what follows, too.
+            on_cpu = torch.empty_like(scores, device="cpu", pin_memory=True)
+            on_cpu.copy_(scores, non_blocking=True)
+            return place, plan, on_cpu, torch.cuda.current_stream(self.device).record_event()
 
-    def _score_batch(self, batch: PackedBatch, shape: Bucket | None) -> torch.Tensor:
-        """Scores (pairs,) on the device; shape: what to fill the batch up to."""
-        if shape is not None:
-            filled = fill(batch, shape, self._filler)
-            return self.model.score(filled.to(self.device))[: batch.num_pairs]
-        scores = None if self._graphs is None else self._graphs.score(batch)
-        return self.model.score(batch.to(self.device)) if scores is None else scores
+    def _score_batch(self, pairs: Pairs, order: np.ndarray, shape: Bucket | None) -> torch.Tensor:
+        """Scores of some pairs in that order, (pairs,) on the device; shape: what to fill their batch up to."""
+        if shape is None and self._graphs is not None and (scores := self._graphs.score(pairs, order)) is not None:
+            return scores
+        on_gpu = self.device.type == "cuda"
+        batch = pack_pairs(pairs, order, bucket=shape, filler=self._filler, pin_memory=on_gpu)
+        return self.model.score(batch.to(self.device))[: len(order)]
 
     def _compare_with_bf16(self) -> float:
         """Kendall's tau of made-up lists in fp8, in which the model is left, beside bf16; warns where it is low."""
@@ -409,10 +427,11 @@ class Reranker:
         return self.model.settings.first_position, 0
 
     @staticmethod
-    def _finish(place: np.ndarray, plan: list[np.ndarray], parts: list[torch.Tensor]) -> np.ndarray:
-        sizes = [len(part) for part in parts]
-        scores = torch.cat(parts).cpu().split(sizes) if parts else []
-        return restore_order(plan, [part.numpy() for part in scores])[place]
+    def _finish(place: np.ndarray, plan: list[np.ndarray], scores: torch.Tensor, ready: torch.cuda.Event | None):
+        if ready is not None:
+            ready.synchronize()
+        cuts = np.cumsum([len(batch) for batch in plan])[:-1]
+        return restore_order(plan, np.split(scores.numpy(), cuts) if plan else [])[place]
 
     def _warn_of_truncation(self) -> None:
         if self._has_warned or not self.num_truncated:
@@ -523,6 +542,16 @@ def _callers_level() -> int:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("fastrank."):
         frame, level = frame.f_back, level + 1
     return level
+
+
+def _find_unique(texts: list[str]) -> tuple[np.ndarray, list[str]]:
+    """Which of the different texts each one is, int64, and these."""
+    places = dict.fromkeys(texts)
+    unique = list(places)
+    if len(unique) == len(texts):
+        return np.arange(len(texts)), unique
+    places.update(zip(unique, itertools.count(), strict=False))
+    return np.fromiter(map(places.__getitem__, texts), np.int64, len(texts)), unique
 
 
 def _query_text(query: Any, where: str) -> str:

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from fastrank import wordpiece
-from fastrank.packing import Pairs
+from fastrank.packing import EncodedTexts, Pairs, _cpu
 
 BACKENDS = ("auto", "cpu", "reference")
 MAX_TOKEN_ID = 2**31 - 1  # ids are int32
@@ -213,22 +213,22 @@ class PairTokenizer:
 
         Returns one int32 array (tokens,) per text. Raises TypeError naming the position of what is not a str.
         """
+        return list(self.encode_together(texts, enough=enough))
+
+    def encode_together(self, texts: Sequence[str], *, enough: int | None = None) -> EncodedTexts:
+        """encode(), whose arrays are views of one."""
         texts = list(texts)
-        if not texts:
-            return []
-        if self._wordpiece is None:
-            ids = self._encode_in_reference(texts, range(len(texts)), enough)
+        if self._wordpiece is None or not texts:
+            encoded = EncodedTexts.join(self._encode_in_reference(texts, range(len(texts)), enough) if texts else [])
         else:
-            ids, left = self._wordpiece.encode(texts, enough=enough if self._can_cut_text else None)
+            ids, ends, left = self._wordpiece.encode(texts, enough=enough if self._can_cut_text else None)
+            encoded = EncodedTexts(ids, ends)
             if left:
-                for i, found in zip(
-                    left, self._encode_in_reference([texts[i] for i in left], left, enough), strict=True
-                ):
-                    ids[i] = found
+                encoded = encoded.insert(left, self._encode_in_reference([texts[i] for i in left], left, enough))
                 with self._lock:
                     self._num_left_to_reference += len(left)
-        self._check_embeddings(texts, ids)
-        return ids
+        self._check_embeddings(texts, encoded)
+        return encoded
 
     def enough_tokens(self, longest_query: int) -> int | None:
         """The `enough` with which `encode` leaves every pair as it is, for documents.
@@ -274,6 +274,26 @@ class PairTokenizer:
         types = np.tile(self._type_values, len(documents)).repeat(counts.ravel())
         return Pairs(np.concatenate([*itertools.chain.from_iterable(parts)]), types, counts.sum(1).cumsum())
 
+    def join(
+        self, queries: EncodedTexts, query_of: np.ndarray, documents: EncodedTexts, document_of: np.ndarray
+    ) -> Pairs:
+        """pairs() of queries[query_of[i]] and documents[document_of[i]] for every i; query_of, document_of: int
+        (pairs,)."""
+        if _cpu is None:
+            return self.pairs([queries[i] for i in query_of], [documents[i] for i in document_of])
+        given = queries.lengths[query_of], documents.lengths[document_of]
+        kept = self.kept_tokens(*given)
+        begins = [queries.begins[query_of], documents.begins[document_of]]
+        lost = [length - left for length, left in zip(given, kept, strict=True)]
+        if num_cut := int(np.count_nonzero(lost[0] | lost[1])):
+            if self._keep_end:
+                begins = [begin + some for begin, some in zip(begins, lost, strict=True)]
+            with self._lock:
+                self._num_truncated += num_cut
+        types = self._type_values[[self._query_place, self._document_place]].tolist()
+        spans = queries.ids, begins[0], kept[0], documents.ids, begins[1], kept[1]
+        return Pairs(*_cpu.join_pairs(*spans, self._frame, *types))
+
     def kept_tokens(self, num_query: np.ndarray, num_document: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """How many tokens of queries and of documents stay in their pairs, int (pairs,) each.
 
@@ -308,10 +328,10 @@ class PairTokenizer:
         )
         return wordpiece.refusals(self._backend, normalizer, pre_tokenizer)
 
-    def _check_embeddings(self, texts: list[str], ids: list[np.ndarray]) -> None:
-        if self._num_embeddings >= len(self._tokenizer):
+    def _check_embeddings(self, texts: list[str], encoded: EncodedTexts) -> None:
+        if encoded.ids.max(initial=-1) < self._num_embeddings or self._num_embeddings >= len(self._tokenizer):
             return
-        for text, one in zip(texts, ids, strict=True):
+        for text, one in zip(texts, encoded, strict=True):
             if one.max(initial=-1) >= self._num_embeddings:
                 raise ValueError(
                     f"The text {text[:60]!r} has the token id {one.max()}, but the model has embeddings for "
@@ -384,6 +404,9 @@ class PairTokenizer:
         self._type_counts = np.ones(len(self._type_values), dtype=np.int64)
         self._query_place = len(self._prefix)
         self._document_place = self._query_place + 1 + len(self._middle)
+        values = np.delete(self._type_values, [self._query_place, self._document_place])
+        cuts = np.cumsum([len(self._prefix), len(self._middle)])
+        self._frame = list(zip((self._prefix, self._middle, self._suffix), np.split(values, cuts), strict=True))
 
 
 def _without_surrogates(text: str, position: int) -> str:

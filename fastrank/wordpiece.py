@@ -66,29 +66,24 @@ class WordPiece:
         )
         self._set_page(0)
 
-    def encode(self, texts: list[str], *, enough: int | None) -> tuple[list[np.ndarray], list[int]]:
+    def encode(self, texts: list[str], *, enough: int | None) -> tuple[np.ndarray, np.ndarray, list[int]]:
         """Tokenizes texts with torch's number of threads.
 
         Arguments:
             enough: ids of a text past this many may be left out; None: all are wanted.
 
-        Returns one int32 array (tokens,) per text and the positions of those that are left to the reference, whose
-        arrays are empty: beside the texts named above what is not a str or has a lone surrogate.
+        Returns all texts' ids, int32 (tokens,), where each text ends there, int64 (texts,), and the positions of those
+        that are left to the reference, which have no ids: beside the texts named above what is not a str or has a lone
+        surrogate.
         """
-        ids: list = [None] * len(texts)
-        left: list[int] = []
-        missing = list(range(len(texts)))
-        while missing:
-            flat, ends, without_pages, pages, to_reference = self._encoder.encode(
-                [texts[i] for i in missing], -1 if enough is None else enough, torch.get_num_threads()
+        while True:
+            ids, ends, pages, left = self._encoder.encode(
+                texts, -1 if enough is None else enough, torch.get_num_threads()
             )
-            for i, (begin, end) in zip(missing, itertools.pairwise([0, *ends.tolist()]), strict=True):
-                ids[i] = flat[begin:end]
-            left += [missing[i] for i in to_reference]
-            for page in pages:
+            if not pages:
+                return ids, ends, left
+            for page in pages:  # never again for this tokenizer, so that all texts may be read once more
                 self._set_page(page)
-            missing = [missing[i] for i in without_pages]
-        return ids, left
 
     def _set_page(self, page: int) -> None:
         normalized = []

@@ -5,7 +5,10 @@ import pytest
 import torch
 
 from fastrank import packing
+from fastrank.model.graphs import fill
 from fastrank.packing import (
+    Bucket,
+    EncodedTexts,
     PackedBatch,
     Pairs,
     pack_lists,
@@ -153,3 +156,88 @@ def test_a_batch_goes_to_a_gpu_as_one_piece_of_memory():
     for part, tensor in zip(parts, tensors, strict=True):
         assert part.dtype == tensor.dtype and part.equal(tensor)
         assert part.untyped_storage().data_ptr() == memory.data_ptr() and part.data_ptr() % 16 == 0
+
+
+@pytest.fixture(params=["C++", "Python"])
+def written_in(request, monkeypatch):
+    if request.param == "C++" and packing._cpu is None:
+        pytest.skip("The C++ extension fastrank._cpu is not built.")
+    if request.param == "Python":
+        monkeypatch.setattr(packing, "_cpu", None)
+
+
+def _mix(value, more):
+    value = (value ^ more) * 0x9E3779B97F4A7C15 % 2**64
+    return value ^ value >> 29
+
+
+def _unmix(value):
+    value ^= value >> 29 ^ value >> 58
+    return value * pow(0x9E3779B97F4A7C15, -1, 2**64) % 2**64
+
+
+def _same_hash():
+    """Five pairs of four tokens, of which csrc/pairs.cpp's hash is one and the same."""
+    wanted = 123456789
+    for first in (0, 1, 2**32, 7 << 40, 2**64 - 1):
+        second = _mix(4, first) ^ _unmix(wanted)
+        assert _mix(_mix(4, first), second) == wanted
+        yield np.array([first, second], np.uint64).view(np.int32), np.zeros(4, np.int32)
+
+
+def test_different_pairs_are_told_apart(written_in):
+    rng = np.random.default_rng(5)
+    lists = [
+        [],
+        [([], [])] * 3,
+        [*_same_hash()] * 2,
+        [([1, 2], [0, 0]), ([1, 2], [0, 1]), ([1], [0]), ([1, 2], [0, 0]), ([2, 1], [0, 0]), ([1, 2, 0], [0, 0, 0])],
+    ]
+    lists += [
+        [(rng.integers(0, 2, n), rng.integers(0, 2, n)) for n in rng.integers(0, longest, 500)]
+        for longest in (1, 2, 4, 9)
+    ]
+    for pairs in lists:
+        keys = [(tuple(map(int, ids)), tuple(map(int, types))) for ids, types in pairs]
+        numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+        place, first = Pairs.join(pairs).find_distinct()
+        assert place.dtype == first.dtype == np.int64
+        assert place.tolist() == [numbers[key] for key in keys]
+        assert first.tolist() == [keys.index(key) for key in numbers]
+
+
+def test_a_batch_is_packed_in_any_order_and_filled_up(written_in):
+    rng = np.random.default_rng(6)
+    for count in (1, 2, 50):
+        pairs = _random_pairs(rng, count)
+        order = rng.integers(0, count, rng.integers(1, 2 * count + 1))
+        plain = pack_pairs(pairs, order)
+        by_hand = [pairs[i] for i in order]
+        assert plain.token_ids.tolist() == [int(i) for ids, _ in by_hand for i in ids]
+        assert plain.token_types.tolist() == [int(i) for _, types in by_hand for i in types]
+        assert plain.positions.tolist() == [i for ids, _ in by_hand for i in range(len(ids))]
+        assert plain.pair_offsets.tolist() == [0, *np.cumsum([len(ids) for ids, _ in by_hand]).tolist()]
+        for num_pairs, num_tokens in ((1, 1), (3, 7), (7, 7), (40, 1000)):
+            bucket = Bucket(plain.num_tokens + num_tokens, plain.num_pairs + num_pairs, 1000)
+            filled, expected = pack_pairs(pairs, order, bucket=bucket, filler=(9, 1)), fill(plain, bucket, (9, 1))
+            assert filled.span == expected.span
+            for one, other in zip(filled._tensors, expected._tensors, strict=True):
+                assert one.dtype == other.dtype and one.equal(other)
+            # What goes to a GPU, and what it goes over there.
+            assert filled._memory.equal(packing._memory_of(packing._split(filled._memory, filled._tensors)))
+            for one, other in zip(packing._split(filled._memory, expected._tensors), expected._tensors, strict=True):
+                assert one.equal(other)
+    with pytest.raises(IndexError):
+        pack_pairs(pairs, np.array([count]))
+    # The last pair, as in any sequence.
+    assert pack_pairs(pairs, np.array([-1])).token_ids.tolist() == pairs[-1][0].tolist()
+
+
+def test_encoded_texts_are_a_sequence():
+    arrays = [np.arange(n, dtype=np.int32) for n in (3, 0, 0, 5, 0)]
+    texts = EncodedTexts.join(arrays)
+    assert len(texts) == 5 and texts.lengths.tolist() == [3, 0, 0, 5, 0] and len(EncodedTexts.join([])) == 0
+    assert [ids.tolist() for ids in texts] == [texts[i].tolist() for i in range(5)] == [ids.tolist() for ids in arrays]
+    assert [ids.tolist() for ids in texts[3:]] == [[0, 1, 2, 3, 4], []] and texts.ids.dtype == np.int32
+    more = texts.insert([1, 4], [np.int32([7, 8]), np.int32([9])])
+    assert [ids.tolist() for ids in more] == [[0, 1, 2], [7, 8], [], [0, 1, 2, 3, 4], [9]]

@@ -1,7 +1,10 @@
 """The re-ranker against sentence-transformers and transformers, under threads, and with all that can go wrong."""
 
+import copy
+import dataclasses
 import itertools
 import json
+import pickle
 import random
 import re
 import shutil
@@ -692,10 +695,44 @@ def test_a_gpu_is_given_a_call_in_parts_that_change_no_ranking(tiny, monkeypatch
     parts.device = torch.device("cuda")
     cut = parts._parts([["a"] * 3, [], ["a"] * 2, ["a"] * 9, ["a"]])
     assert cut == [range(0, 3), range(3, 4), range(4, 5)] and parts._parts([]) == [range(0, 0)]
+    parts._graphs = object()  # with which a GPU is given little at first
+    monkeypatch.setattr("fastrank.reranker.FIRST_PART_PAIRS_BY_GRAPHS", 2)
+    monkeypatch.setattr("fastrank.reranker.PART_PAIRS_BY_GRAPHS", 5)
+    assert parts._parts([["a"]] * 16) == [range(0, 2), range(2, 6), range(6, 11), range(11, 16)]
+    assert parts._parts([["a"] * 3]) == [range(0, 1)] and parts._parts([[]]) == [range(0, 1)]
+    parts._graphs = None
     monkeypatch.setattr(parts, "_parts", lambda texts: calls.append(texts) or [range(0, 1), range(1, 2), range(2, 2)])
     parts.device = torch.device("cpu")
     found = parts.rank(queries, documents)
     assert calls
     for one, other in zip(found, expected, strict=True):
+        assert one.query == other.query
         assert [item.index for item in one] == [item.index for item in other]
         assert np.allclose([item.score for item in one], [item.score for item in other], atol=1e-5)
+    score = parts.model.score
+    parts.model.score = lambda batch: score(batch) * (1 if batch.num_pairs == 7 else float("nan"))
+    with pytest.raises(ValueError, match="score of document 0 of query 1 is NaN"):
+        parts.rank(queries, documents)
+    with pytest.raises(ValueError, match="score of pair 7 is NaN"):
+        parts._score([*queries], documents, lambda i, j: f"pair {7 * i + j}")
+
+
+def test_texts_become_the_same_batches_without_the_extension(reranker, monkeypatch):
+    queries, documents = ["statins", "two cities", "zip"], [_texts(9), [], _texts(5, seed=1)]
+    expected = reranker.rank(queries, documents)
+    for module in (fastrank.tokens, fastrank.packing):
+        monkeypatch.setattr(module, "_cpu", None)
+    assert reranker.rank(queries, documents) == expected
+
+
+def test_ranked_documents_are_values():
+    item = reranker_module.RankedDocument(3, 0.5, {"text": "a"})
+    other = reranker_module.RankedDocument(index=3, score=0.5, document={"text": "a"}, id=None)
+    assert item == other and repr(item) == "RankedDocument(index=3, score=0.5, document={'text': 'a'}, id=None)"
+    assert item != reranker_module.RankedDocument(3, 0.5, {"text": "a"}, "x")
+    assert pickle.loads(pickle.dumps(item)) == copy.copy(item) == dataclasses.replace(item) == item
+    for change in (lambda: setattr(item, "score", 1.0), lambda: delattr(item, "index")):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            change()
+    ranking = Ranking("q", [item])
+    assert pickle.loads(pickle.dumps(ranking)) == ranking and ranking[:1] == ranking != Ranking("r", [item])

