@@ -401,10 +401,7 @@ def several_passes(shape: str, device: str, dry_run: bool) -> None:
         finally:
             del os.environ["FASTRANK_BACKEND"]
         others = [name for name, one in again.items() if not found[name].equal(one)]
-        assert backend != "gpu" or not others, (
-            f"{in_place=}, {unrecorded=}: other bits again in {len(others)} gradients, {others[:3]}, by "
-            f"{max(float((found[name] - again[name]).norm() / found[name].norm()) for name in others):.2g}"
-        )
+        assert backend != "gpu" or not others, f"{in_place=}, {unrecorded=}: other bits again in {others[:3]}"
         assert bool(passes._recorded) == (unrecorded == 0), "graphs, where there should be none, or none"
         return found
 

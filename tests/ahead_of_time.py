@@ -37,10 +37,10 @@ TABLES = {
 }
 Entry = tuple[str, str, int]  # operation, name of a configuration, compute capability
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}  # what a program may have, by compute capability
-# What a thread may spill where its registers are held below what the compiler would take: two dozen numbers, stored and
+# What a thread may spill where its registers are held below what the compiler would take: sixteen numbers, stored and
 # loaded once a head. What it takes differs by its version (127 or 165 for one kernel), and measured on an H200 one
 # program fewer at a time costs a third to a half, these spills nothing.
-STACK_BYTES_OF_HELD = 96
+STACK_BYTES_OF_HELD = 64
 
 
 @dataclass(frozen=True)

@@ -31,12 +31,10 @@ from fastrank.kernels.configuration import (
 )
 
 HEAD_DIMS = (32, 64, 128)
-# Pairs of up to CLASS_TOKENS tokens are one class, those of up to twice as many the next, the last are all longer ones.
-# A kernel finds its pairs together: programs that have nothing to do are its last, and stand in nobody's way.
-CLASS_TOKENS, CLASSES, ROOM = 32, 5, 8
 # Of short pairs, by head dimension and the longest pair of a kernel. The forward's: tile of queries, how many of these,
 # keys, more keys behind them, warps, stages, registers at most. The backward's: tile of queries, tile of keys, how many
-# of these, warps, stages, registers. Longer pairs are long ones. Chosen by measurement on an H200.
+# of these, warps, stages, registers. Longer pairs are long ones. Chosen by measurement on an H200; tiles for up to 96
+# tokens at head dim 64 took a tenth less for such pairs alone, but not where pairs of 97 to 128 need a kernel, too.
 FORWARD_TILES = {
     32: {
         32: (32, 1, 32, 0, 2, 2, None),
@@ -47,7 +45,6 @@ FORWARD_TILES = {
     64: {
         32: (32, 1, 32, 0, 2, 2, None),
         64: (64, 1, 64, 0, 4, 2, None),
-        96: (128, 1, 64, 32, 8, 2, 128),
         128: (128, 1, 128, 0, 8, 2, 128),
     },
     128: {
@@ -83,13 +80,13 @@ def _configure(
 ) -> Configuration:
     types = dict.fromkeys(("q", "k", "v", "out", "dout", "dq", "dk", "dv"), POINTERS[dtype]) | {"scale": "fp32"}
     types |= dict.fromkeys(("highest", "log_totals", "delta"), "*fp32")
-    rows = (f"{side}{end}" for side in ("", "query_", "key_") for end in ENDS)
-    types |= dict.fromkeys(("tiles", "order", "starts", *rows), "*i32")
+    types |= dict.fromkeys(("tiles", *(f"{side}{end}" for side in ("", "query_", "key_") for end in ENDS)), "*i32")
     return configure(kernel, types, constants, num_warps, num_stages, max_registers)
 
 
 def _short_configurations(dtype: torch.dtype, head_dim: int) -> dict[str, Configuration]:
     made = {}
+    shortest = 1
     for longest, (queries, query_tiles, keys, more, warps, stages, registers) in FORWARD_TILES[head_dim].items():
         made[f"forward {longest}"] = _configure(
             gpu_kernels.attention_short_forward_kernel,
@@ -102,7 +99,10 @@ def _short_configurations(dtype: torch.dtype, head_dim: int) -> dict[str, Config
             QUERY_TILES=query_tiles,
             BLOCK_KEYS=keys,
             MORE_KEYS=more,
+            MIN_KEYS=shortest,
         )
+        shortest = longest + 1
+    shortest = 1
     for longest, (queries, keys, key_tiles, warps, stages, registers) in BACKWARD_TILES[head_dim].items():
         made[f"backward {longest}"] = _configure(
             gpu_kernels.attention_short_backward_kernel,
@@ -114,7 +114,9 @@ def _short_configurations(dtype: torch.dtype, head_dim: int) -> dict[str, Config
             BLOCK_QUERIES=queries,
             BLOCK_KEYS=keys,
             KEY_TILES=key_tiles,
+            MIN_KEYS=shortest,
         )
+        shortest = longest + 1
     return made
 
 
@@ -150,11 +152,6 @@ CONFIGURATIONS = Table(
         for name, configuration in _configurations(dtype, head_dim).items()
     }
 )
-CONFIGURATIONS["classes"] = configure(
-    gpu_kernels.attention_classes_kernel,
-    dict.fromkeys(("begins", "ends", "order", "starts"), "*i32"),
-    {"TOKENS": CLASS_TOKENS, "CLASSES": CLASSES, "ROOM": ROOM, "BLOCK": 512},
-)
 
 
 def refusals(tensor: Tensor) -> list[str]:
@@ -188,13 +185,6 @@ class Cuts:
     @functools.cached_property
     def num_pairs(self) -> int:
         return len(self.key_begins)
-
-    @functools.cached_property
-    def classes(self) -> tuple[Tensor, Tensor]:
-        """Pairs by class, int32 (pairs,), and where each class begins there, int32 (ROOM,)."""
-        order, starts = self.key_begins.new_empty(self.num_pairs), self.key_begins.new_empty(ROOM)
-        CONFIGURATIONS.launch("classes", 1, self.key_begins, self.key_ends, order, starts, self.num_pairs)
-        return order, starts
 
     def may_hold(self, shortest: int, longest: int) -> bool:
         """Whether a pair of so many tokens can be here."""
@@ -391,9 +381,8 @@ def forward_launches(
         for shortest, longest in _short(q.dtype, "forward", q.shape[2]):
             above = longest
             if cuts.may_hold(shortest, longest):
-                ends = shortest // CLASS_TOKENS, longest // CLASS_TOKENS
-                given = q, k, v, out, *statistics, cuts.key_begins, cuts.key_ends, *cuts.classes, *ends, heads, each
-                yield _prepare(f"forward {longest}", q, programs, *given, *numbers)
+                given = q, k, v, out, *statistics, cuts.key_begins, cuts.key_ends, heads, each, *numbers
+                yield _prepare(f"forward {longest}", q, programs, *given)
     if not cuts.are_shared or cuts.may_hold(above + 1, cuts.num_keys):
         name = "forward long" if cuts.are_shared else "forward few"
         tiles = cuts.cut("query", _tile(name, q)[0], above)
@@ -427,10 +416,9 @@ def backward_launches(
         for shortest, longest in _short(q.dtype, "backward", q.shape[2]):
             above = longest
             if cuts.may_hold(shortest, longest):
-                ends = shortest // CLASS_TOKENS, longest // CLASS_TOKENS
-                given = q, k, v, out, dout, statistics[1], dq, dk, dv, cuts.key_begins, cuts.key_ends, *cuts.classes
+                given = q, k, v, out, dout, statistics[1], dq, dk, dv, cuts.key_begins, cuts.key_ends
                 programs = cuts.num_pairs * heads
-                more = *ends, heads, len(q), *steps, dq_step, dk_step, dv_step, scale
+                more = heads, len(q), *steps, dq_step, dk_step, dv_step, scale
                 yield _prepare(f"backward {longest}", q, programs, *given, *more)
     if not cuts.are_shared or cuts.may_hold(above + 1, cuts.num_keys):
         name = "long" if cuts.are_shared else "few"

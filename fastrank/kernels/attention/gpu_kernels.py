@@ -300,45 +300,6 @@ def attention_dkdv_kernel(
     store_rows(dv_at, dv, keys, num_keys, dv_token_step, HEAD_DIM)
 
 
-@kernel
-def attention_classes_kernel(
-    begins_ptr,
-    ends_ptr,
-    order_ptr,
-    starts_ptr,
-    num_pairs,
-    TOKENS: tl.constexpr,
-    CLASSES: tl.constexpr,
-    ROOM: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """order (pairs,): pairs by class, as they stand within one; starts (ROOM,): where each class begins there, and
-    behind the last one the number of pairs. Class c holds pairs of up to (c + 1) * TOKENS tokens, the last of CLASSES,
-    which are fewer than ROOM, all that are longer. One program."""
-    classes = tl.arange(0, ROOM)
-    counts = tl.zeros((ROOM,), tl.int32)
-    for first in range(0, num_pairs, BLOCK):
-        pairs = first + tl.arange(0, BLOCK)
-        counts += tl.sum(find_members(begins_ptr, ends_ptr, pairs, num_pairs, classes, TOKENS, CLASSES), 0)
-    starts = tl.cumsum(counts, 0) - counts
-    tl.store(starts_ptr + classes, starts)
-    for first in range(0, num_pairs, BLOCK):
-        pairs = first + tl.arange(0, BLOCK)
-        members = find_members(begins_ptr, ends_ptr, pairs, num_pairs, classes, TOKENS, CLASSES)
-        places = tl.sum(members * (starts[None, :] + tl.cumsum(members, 0) - 1), 1)
-        tl.store(order_ptr + places, pairs, mask=pairs < num_pairs)
-        starts += tl.sum(members, 0)
-
-
-@triton.jit
-def find_members(begins_ptr, ends_ptr, pairs, num_pairs, classes, TOKENS: tl.constexpr, CLASSES: tl.constexpr):
-    """(pairs, classes): 1 where a pair belongs to a class, else 0."""
-    inside = pairs < num_pairs
-    length = tl.load(ends_ptr + pairs, mask=inside, other=0) - tl.load(begins_ptr + pairs, mask=inside, other=0)
-    own = tl.minimum(tl.maximum(length - 1, 0) // TOKENS, CLASSES - 1)
-    return ((own[:, None] == classes[None, :]) & inside[:, None]).to(tl.int32)
-
-
 @kernel(aligned=("q", "k", "v", "out", "dout", "dq", "dk", "dv"))
 def attention_short_forward_kernel(
     q_ptr,
@@ -349,10 +310,6 @@ def attention_short_forward_kernel(
     log_totals_ptr,
     begins_ptr,
     ends_ptr,
-    order_ptr,
-    starts_ptr,
-    first_class,
-    end_class,
     num_heads,
     heads_each,
     num_queries,
@@ -368,31 +325,26 @@ def attention_short_forward_kernel(
     QUERY_TILES: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     MORE_KEYS: tl.constexpr,
+    MIN_KEYS: tl.constexpr,
 ):
     """out (queries, heads, HEAD_DIM), and (heads, queries) the logarithm of what a row is divided by, of the pairs of
-    some classes, of at most BLOCK_KEYS + MORE_KEYS tokens: a program walks over heads_each heads of one, and loads the
-    next head's rows while it computes. With MORE_KEYS the keys are two tiles, the first of them full."""
-    first = tl.load(starts_ptr + first_class)
-    count = tl.load(starts_ptr + end_class) - first
-    groups = (num_heads + heads_each - 1) // heads_each
-    group = tl.program_id(0)
-    if group >= count * groups:
+    MIN_KEYS to BLOCK_KEYS + MORE_KEYS tokens: a program walks over some heads of one, and loads the next head's rows
+    while it computes. With MORE_KEYS the keys are two tiles, the first of them full."""
+    pair, first_head, heads_here = find_heads(num_heads, heads_each)
+    begin, length = find_rows(begins_ptr, ends_ptr, pair)
+    if (length < MIN_KEYS) | (length > BLOCK_KEYS + MORE_KEYS):
         return
-    first_head = group % groups * heads_each
-    heads_here = tl.minimum(heads_each, num_heads - first_head)
-    begin, length = find_rows(begins_ptr, ends_ptr, tl.load(order_ptr + first + group // groups))
     keys = tl.arange(0, BLOCK_KEYS)
     first_end = length if MORE_KEYS == 0 else BLOCK_KEYS
     if MORE_KEYS > 0:
         more = BLOCK_KEYS + tl.arange(0, MORE_KEYS)
     out_step = num_heads * (HEAD_DIM // STEP)
-    for step in tl.range(heads_here, disable_licm=True):  # hoisting costs registers
-        head = first_head + step
-        q_at = place(q_ptr, begin, q_token_step, head, q_head_step)
-        k_at = place(k_ptr, begin, k_token_step, head, k_head_step)
-        v_at = place(v_ptr, begin, v_token_step, head, v_head_step)
-        out_at = place(out_ptr, begin, out_step, head, HEAD_DIM // STEP)
-        log_totals_at = log_totals_ptr + head.to(tl.int64) * num_queries + begin
+    q_at = place(q_ptr, begin, q_token_step, first_head, q_head_step)
+    k_at = place(k_ptr, begin, k_token_step, first_head, k_head_step)
+    v_at = place(v_ptr, begin, v_token_step, first_head, v_head_step)
+    out_at = place(out_ptr, begin, out_step, first_head, HEAD_DIM // STEP)
+    log_totals_at = log_totals_ptr + first_head.to(tl.int64) * num_queries + begin
+    for _ in tl.range(heads_here, disable_licm=True):  # hoisting costs registers
         k = load_columns(k_at, keys, first_end, k_token_step, HEAD_DIM)
         v = load_rows(v_at, keys, first_end, v_token_step, HEAD_DIM)
         if MORE_KEYS > 0:
@@ -418,6 +370,11 @@ def attention_short_forward_kernel(
             out *= (1.0 / total)[:, None]
             store_rows(out_at, out, rows, length, out_step, HEAD_DIM)
             tl.store(log_totals_at + rows, highest + tl.log2(total), mask=rows < length)
+        q_at += q_head_step * STEP
+        k_at += k_head_step * STEP
+        v_at += v_head_step * STEP
+        out_at += HEAD_DIM
+        log_totals_at += num_queries
 
 
 @kernel(aligned=("q", "k", "v", "out", "dout", "dq", "dk", "dv"))
@@ -433,10 +390,6 @@ def attention_short_backward_kernel(
     dv_ptr,
     begins_ptr,
     ends_ptr,
-    order_ptr,
-    starts_ptr,
-    first_class,
-    end_class,
     num_heads,
     num_queries,
     q_token_step,
@@ -453,16 +406,16 @@ def attention_short_backward_kernel(
     BLOCK_QUERIES: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     KEY_TILES: tl.constexpr,
+    MIN_KEYS: tl.constexpr,
 ):
-    """dq, dk and dv of the pairs of some classes, of at most BLOCK_QUERIES tokens: a program has the queries of a whole
-    head of one on the chip and meets its keys tile by tile."""
-    first = tl.load(starts_ptr + first_class)
-    count = tl.load(starts_ptr + end_class) - first
-    item = tl.program_id(0)
-    if item >= count * num_heads:
+    """dq, dk and dv of the pairs of MIN_KEYS to BLOCK_QUERIES tokens: a program has the queries of a whole head of one
+    on the chip and meets its keys tile by tile."""
+    program = tl.program_id(0)
+    head = program % num_heads
+    pair = program // num_heads
+    begin, length = find_rows(begins_ptr, ends_ptr, pair)
+    if (length < MIN_KEYS) | (length > BLOCK_QUERIES):
         return
-    head = item % num_heads
-    begin, length = find_rows(begins_ptr, ends_ptr, tl.load(order_ptr + first + item // num_heads))
     rows = tl.arange(0, BLOCK_QUERIES)
     q = load_rows(place(q_ptr, begin, q_token_step, head, q_head_step), rows, length, q_token_step, HEAD_DIM)
     out_step = num_heads * (HEAD_DIM // STEP)
