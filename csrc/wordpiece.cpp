@@ -240,7 +240,8 @@ WordPiece::Encoded WordPiece::encode(const std::vector<std::string_view>& texts,
   struct Found {
     size_t thread, begin, count;
   };
-  struct Thread {
+  // Each is written with every character: none may share a line, or the one fetched with it, with another's.
+  struct alignas(128) Thread {
     std::vector<int32_t> ids;
     std::vector<uint32_t> pages;
     std::string word;
