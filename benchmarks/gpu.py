@@ -58,7 +58,9 @@ def main() -> int:
     parser.add_argument("--large", action="store_true", help="XLM-R-large, too")
     parser.add_argument("--compile", action="store_true", help="torch.compile of MiniLM-L6 in `forward`, too")
     parser.add_argument("--commit", help="of the code, where git is not there to tell")
-    parser.add_argument("--cases", default="", help="of correctness: only those whose names this expression matches")
+    parser.add_argument(
+        "--cases", default="", help="of correctness, or peers in attention: those whose names this expression matches"
+    )
     parser.add_argument("--skip_compile", action="store_true", help="an earlier call has compiled all kernels")
     parser.add_argument("--dry_run", action="store_true", help="tiny shapes on the CPU; writes nothing")
     options = parser.parse_args()
