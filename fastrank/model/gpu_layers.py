@@ -113,9 +113,11 @@ class Pass:
     def __init__(self, layer: Layer, offsets: Tensor, span: tuple[int, int], num_tokens: int) -> None:
         # These need triton, which a CPU goes without.
         from fastrank.kernels.attention import gpu as attention
+        from fastrank.kernels.configuration import run_together
         from fastrank.kernels.gelu import gpu as gelu
         from fastrank.kernels.layer_norm import gpu as norms
 
+        self._run_together = run_together
         self.attention, self.gelu, self.norms = attention, gelu, norms
         self.heads, self.head_dim = layer.heads
         self.tanh_form = layer.activation == "gelu_tanh"
@@ -139,7 +141,7 @@ class Pass:
 
         highest, log_totals = statistics
         tensors = {"q": q, "k": k, "v": v, "out": out, "highest": highest, "log_totals": log_totals}
-        self._repeat(("attend", len(given)), make, tensors)
+        self._repeat(("attend", len(given)), make, tensors, independent=True)
 
     def attend_backward(
         self, given: Sequence[Tensor], out: Tensor, statistics: Tensor, dout: Tensor, gradients: Sequence[Tensor]
@@ -198,16 +200,28 @@ class Pass:
             tensors = {"x": x.values, "codes": x.codes, "scales": x.scales}
             self._repeat(("quantise", len(x.values)), lambda: [fp8.rows_launch(*x)], tensors)
 
-    def _repeat(self, key: tuple, make: Callable[[], Iterable[Launch]], tensors: Mapping[str, Tensor]) -> None:
-        """Runs launches with these tensors; makes them the first time, and keeps nothing of these tensors alive."""
+    def _repeat(
+        self,
+        key: tuple,
+        make: Callable[[], Iterable[Launch]],
+        tensors: Mapping[str, Tensor],
+        *,
+        independent: bool = False,
+    ) -> None:
+        """Runs launches with these tensors; makes them the first time, and keeps nothing of these tensors alive.
+        independent: none reads what another writes."""
         launches = self._launches.get(key)
         if launches is None:
             launches = [(one, tuple(name for name in tensors if name in one.places)) for one in make()]
             for launch, names in launches:
                 launch.forget(names)
             self._launches[key] = launches
-        for launch, names in launches:
-            launch(**{name: tensors[name] for name in names})
+        runs = [functools.partial(launch, **{name: tensors[name] for name in names}) for launch, names in launches]
+        if independent:
+            self._run_together(runs)
+        else:
+            for run in runs:
+                run()
 
     def _heads(self, rows: Tensor) -> Tensor:
         return rows.view(len(rows), self.heads, self.head_dim)

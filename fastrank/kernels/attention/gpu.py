@@ -28,6 +28,7 @@ from fastrank.kernels.configuration import (
     align,
     configure,
     name_of,
+    run_together,
 )
 
 HEAD_DIMS = (32, 64, 128)
@@ -354,8 +355,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     out = allocate(q.shape, dtype=q.dtype, device=q.device)
     statistics = empty_statistics(q)
-    for launch in forward_launches(q, k, v, out, statistics, cuts, scale):
-        launch()
+    run_together(list(forward_launches(q, k, v, out, statistics, cuts, scale)))
     return out, statistics
 
 
@@ -368,7 +368,7 @@ def empty_statistics(q: Tensor) -> Tensor:
 def forward_launches(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: Tensor, cuts: Cuts, scale: float
 ) -> Iterator[Launch]:
-    """Together they write out and statistics; scale is positive."""
+    """Together they write out and statistics, each those of its own pairs; scale is positive."""
     if not out.numel():
         return
     rows = cuts.query_begins, cuts.query_ends, cuts.key_begins, cuts.key_ends
