@@ -55,7 +55,9 @@ def main() -> int:
     parser.add_argument("--part", choices=(*PARTS, "all"), required=True, nargs="+")
     parser.add_argument("--data", type=Path, help="folder of TREC DL's files")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--large", action="store_true", help="XLM-R-large, too")
+    parser.add_argument(
+        "--large", nargs="*", choices=PARTS, metavar="PART", help="XLM-R-large, too; default: in all parts"
+    )
     parser.add_argument("--compile", action="store_true", help="torch.compile of MiniLM-L6 in `forward`, too")
     parser.add_argument("--commit", help="of the code, where git is not there to tell")
     parser.add_argument(
@@ -97,10 +99,9 @@ def main() -> int:
         started = time.perf_counter()
         module = importlib.import_module(f"gpu_{part}")
         found: dict = {"limits": top, "lines": []}
+        large = options.large is not None and (not options.large or part in options.large)
         try:
-            for line in module.run(
-                device=device, limits=top, data=options.data, dry_run=options.dry_run, large=options.large
-            ):
+            for line in module.run(device=device, limits=top, data=options.data, dry_run=options.dry_run, large=large):
                 print(line, flush=True)
                 found["lines"].append(line)
                 failures += line.startswith("WRONG")

@@ -84,7 +84,7 @@ def lists_of(stage: str, shape: str, lists, dry_run: bool) -> list:
 
 
 def run(*, device: str, limits: dict, data: Path | None, dry_run: bool, large: bool) -> Iterator[str]:
-    for shape in ("tiny",) if dry_run else ("MiniLM-L6", "ELECTRA-base", *["XLM-R-large"] * large):
+    for shape in ("tiny",) if dry_run else (*["XLM-R-large"] * large, "ELECTRA-base", "MiniLM-L6"):
         hours = 0.0
         for stage, (_, _, num_pairs, _) in STAGES.items():
             rate = compare(shape, stage, device, data, dry_run)
