@@ -216,12 +216,12 @@ class Pass:
             for launch, names in launches:
                 launch.forget(names)
             self._launches[key] = launches
-        runs = [functools.partial(launch, **{name: tensors[name] for name in names}) for launch, names in launches]
+        given = [(launch, {name: tensors[name] for name in names}) for launch, names in launches]
         if independent:
-            self._run_together(runs)
+            self._run_together([functools.partial(launch, **some) for launch, some in given])
         else:
-            for run in runs:
-                run()
+            for launch, some in given:
+                launch(**some)
 
     def _heads(self, rows: Tensor) -> Tensor:
         return rows.view(len(rows), self.heads, self.head_dim)
