@@ -1,5 +1,9 @@
 """Packing against the definition written as loops; plans against their promises."""
 
+import copy
+import dataclasses
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -231,6 +235,15 @@ def test_a_batch_is_packed_in_any_order_and_filled_up(written_in):
         pack_pairs(pairs, np.array([count]))
     # The last pair, as in any sequence.
     assert pack_pairs(pairs, np.array([-1])).token_ids.tolist() == pairs[-1][0].tolist()
+
+
+def test_a_changed_batch_does_not_send_what_it_was_made_of(written_in):
+    batch = pack_pairs(_random_pairs(np.random.default_rng(0), 5))
+    assert batch._joined is batch._memory is not None
+    others = dataclasses.replace(batch, token_types=1 - batch.token_types), copy.deepcopy(batch)
+    for other in (*others, pickle.loads(pickle.dumps(batch))):
+        assert other._joined is None or other._joined.data_ptr() == other.token_ids.data_ptr()
+    assert others[0]._joined is None
 
 
 @pytest.mark.parametrize("bucket", [Bucket(2, 2, 9), Bucket(9, 1, 9), Bucket(3, 1, 9), Bucket(9, 2, 9)])
