@@ -1,5 +1,9 @@
 """Buckets of CUDA graphs: every batch fits its bucket, and what fills it up changes no score. Graphs need a GPU."""
 
+import contextlib
+import threading
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +11,7 @@ from hub_models import make_checkpoint, random_pairs
 
 from fastrank import Reranker
 from fastrank.checkpoint import load_model
-from fastrank.model.graphs import LONGEST, MOST_TOKENS, Bucket, fill, find_bucket, plan_one_shape
+from fastrank.model.graphs import LONGEST, MOST_TOKENS, Bucket, fill, find_bucket, plan_one_shape, record
 from fastrank.packing import pack_pairs
 
 
@@ -74,3 +78,24 @@ def test_what_fills_a_bucket_changes_no_score(kind, tmp_path):
 def test_a_cpu_has_no_graphs():
     with pytest.raises(ValueError, match="cuda_graphs need a GPU, but the device is cpu"):
         Reranker("a model that is not looked for", device="cpu", cuda_graphs=True)
+
+
+def test_threads_record_one_after_another(monkeypatch):
+    """torch has one stream to record on, and attention's side streams are shared, too."""
+    running, most = [], []
+
+    @contextlib.contextmanager
+    def graph(*_, **__):
+        running.append(None)
+        most.append(len(running))
+        yield
+        running.pop()
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    threads = [threading.Thread(target=record, args=(lambda: time.sleep(0.01), None)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 4
