@@ -99,3 +99,49 @@ def test_threads_record_one_after_another(monkeypatch):
     for thread in threads:
         thread.join()
     assert most == [1] * 4
+
+
+class _Stream:
+    """Writes down what waits for what."""
+
+    device_index = 0
+
+    def __init__(self, *_):
+        self.log = []
+
+    def record_event(self):
+        return self, len(self.log)
+
+    def wait_event(self, event):
+        self.log.append(event)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 4])
+def test_launches_of_a_graph_begin_together_and_are_waited_for(count, monkeypatch):
+    configuration = pytest.importorskip("fastrank.kernels.configuration")
+    main = _Stream()
+    used = [main]
+
+    @contextlib.contextmanager
+    def on(stream):
+        used.append(stream)
+        yield
+        used.pop()
+
+    launched = {}
+    launches = [lambda i=i: (launched.update({i: used[-1]}), used[-1].log.append(i)) for i in range(count)]
+    for name, value in {
+        "is_initialized": lambda: True,
+        "is_current_stream_capturing": lambda: True,
+        "current_stream": lambda: used[-1],
+        "Stream": _Stream,
+        "stream": on,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(configuration, "_side_streams", configuration._side_streams.__wrapped__)
+    configuration.run_together(launches)
+    assert sorted(launched) == list(range(count)) and len(set(launched.values())) == count
+    sides = [launched[i] for i in range(1, count)]
+    # Each side waits for what came before on the main stream, where the first one runs, and the main stream for all.
+    assert all(side.log == [(main, 0), i] for i, side in enumerate(sides, 1))
+    assert main.log == ([0, *((side, 2) for side in sides)] if count else [])
