@@ -1,12 +1,12 @@
 """Everything that waits for a GPU, in parts of a few minutes each: is it right, and how fast is it beside its peers.
 
-python benchmarks/gpu.py --part PART ... [--data DIR] [--output DIR] [--commit NAME] [--large]: first compiles all
-kernels and measures the machine's limits (copy bandwidth, bf16 matrix products), then runs some parts of PARTS, or all
-of them, and merges what it finds, as it comes, into OUTPUT/<gpu>-<commit>.json; tables come last. DIR holds TREC DL as
-FASTRANK_DATA/trec-dl does; without it texts are made up. --large adds XLM-R-large and --compile torch.compile, which
-take most of the time. --dry_run runs the same code with tiny shapes on the CPU, kernels in Triton's interpreter
-(correctness) or in C++ (the rest), and writes nothing. Needs the package built in place: python setup.py build_ext
---inplace.
+python benchmarks/gpu.py --part PART ... [--data DIR] [--output DIR] [--commit NAME] [--large [PART ...]]: first
+compiles all kernels and measures the machine's limits (copy bandwidth, bf16 matrix products), then runs some parts of
+PARTS, or all of them, and merges what it finds, as it comes, into OUTPUT/<gpu>-<commit>.json; tables come last. DIR
+holds TREC DL as FASTRANK_DATA/trec-dl does; without it texts are made up. --large adds XLM-R-large, to all parts or to
+some, and --compile torch.compile, which take most of the time. --dry_run runs the same code with tiny shapes on the
+CPU, kernels in Triton's interpreter (correctness) or in C++ (the rest), and writes nothing. Needs the package built in
+place: python setup.py build_ext --inplace.
 """
 
 from __future__ import annotations

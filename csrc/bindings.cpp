@@ -113,6 +113,10 @@ const fastrank::Kernels& kernels() {
                            ".");
 }
 
+void require(bool holds, const char* what) {
+  if (!holds) throw std::invalid_argument(what);
+}
+
 // A matrix (rows, heads, head_dim) that may be strided in all but the last dimension.
 template <class Value>
 using HeadsArray = py::array_t<Value, 0>;
@@ -293,23 +297,37 @@ void define_wordpiece(py::module_& m) {
           py::arg("texts"), py::arg("enough"), py::arg("num_threads"));
 }
 
-// Pairs in flat arrays (csrc/pairs.hpp); fastrank/tokens.py and fastrank/packing.py give nothing that overruns them.
+// Pairs in flat arrays (csrc/pairs.hpp). Nothing outside of these is read or written: begins and counts are checked.
 void define_pairs(py::module_& m) {
   using Ids = Array<int32_t>;
   using Places = Array<int64_t>;
-  const auto view = [](const Ids& ids, const Ids& types, const Places& begins, const Places& counts) {
+  const auto check_spans = [](const Places& begins, const Places& counts, int64_t size) {
+    require(begins.size() == counts.size(), "expected as many begins as counts");
+    const int64_t* const begin = begins.data();
+    const int64_t* const count = counts.data();
+    for (int64_t i = 0; i < counts.size(); ++i)
+      require(begin[i] >= 0 && count[i] >= 0 && begin[i] <= size && count[i] <= size - begin[i], "expected spans inside of the ids");
+  };
+  const auto view = [check_spans](const Ids& ids, const Ids& types, const Places& begins, const Places& counts) {
+    require(ids.size() == types.size(), "expected as many types as ids");
+    check_spans(begins, counts, ids.size());
     return fastrank::PairsView{ids.data(), types.data(), begins.data(), counts.data(), counts.size()};
   };
   m.def(
       "join_pairs",
-      [](const Ids& query_ids, const Places& query_begins, const Places& query_counts, const Ids& document_ids,
-         const Places& document_begins, const Places& document_counts, const std::vector<std::pair<Ids, Ids>>& frame,
-         int32_t query_type, int32_t document_type) {
+      [check_spans](const Ids& query_ids, const Places& query_begins, const Places& query_counts, const Ids& document_ids,
+                    const Places& document_begins, const Places& document_counts,
+                    const std::vector<std::pair<Ids, Ids>>& frame, int32_t query_type, int32_t document_type) {
+        check_spans(query_begins, query_counts, query_ids.size());
+        check_spans(document_begins, document_counts, document_ids.size());
+        require(query_counts.size() == document_counts.size(), "expected as many documents as queries");
+        require(frame.size() == 3, "expected what stands before, between and behind the texts");
         const int64_t count = query_counts.size();
         fastrank::Frame around{{}, {}, {}, query_type, document_type};
         int64_t num_around = 0, end = 0;
         for (size_t i = 0; i < 3; ++i) {
-          const auto& [ids, types] = frame.at(i);
+          const auto& [ids, types] = frame[i];
+          require(ids.size() == types.size(), "expected as many types as ids");
           around.ids[i] = ids.data(), around.types[i] = types.data(), around.counts[i] = ids.size();
           num_around += ids.size();
         }
@@ -352,13 +370,20 @@ void define_pairs(py::module_& m) {
       [view](const Ids& ids, const Ids& types, const Places& begins, const Places& counts, int32_t filler_id,
              int32_t filler_type, Places& token_ids, Places& token_types, Places& positions, Ids& pair_offsets) {
         const auto pairs = view(ids, types, begins, counts);
+        const int64_t num_tokens = token_ids.size(), missing = pair_offsets.size() - 1 - pairs.num_pairs;
+        int64_t left = num_tokens;
+        for (int64_t i = 0; i < pairs.num_pairs && left >= 0; ++i) left -= pairs.counts[i];
+        require(token_types.size() == num_tokens && positions.size() == num_tokens && num_tokens <= INT32_MAX,
+                "expected arrays of equally many tokens");
+        require(left >= 0 && missing >= 0 && (missing > 0 || left == 0), "expected room for the pairs, and pairs to fill it up");
         const fastrank::PackedView packed{token_ids.mutable_data(),    token_types.mutable_data(), positions.mutable_data(),
                                           pair_offsets.mutable_data(), token_ids.size(),           pair_offsets.size() - 1};
         py::gil_scoped_release released;
         fastrank::pack_pairs(pairs, filler_id, filler_type, packed);
       },
       "Writes pairs into a batch's arrays, and fills up what these have room for.", py::arg("ids").noconvert(),
-      py::arg("types").noconvert(), py::arg("begins").noconvert(), py::arg("counts").noconvert(), py::arg("filler_id"), py::arg("filler_type"), py::arg("token_ids").noconvert(), py::arg("token_types").noconvert(),
+      py::arg("types").noconvert(), py::arg("begins").noconvert(), py::arg("counts").noconvert(), py::arg("filler_id"),
+      py::arg("filler_type"), py::arg("token_ids").noconvert(), py::arg("token_types").noconvert(),
       py::arg("positions").noconvert(), py::arg("pair_offsets").noconvert());
 }
 
@@ -551,9 +576,6 @@ PYBIND11_MODULE(_cpu, m) {
          int num_threads) {
         const fastrank::Kernels& table = kernels();
         if (table.encoder_forward == nullptr) throw std::invalid_argument("this instruction set computes no layers in one call");
-        const auto require = [](bool holds, const char* what) {
-          if (!holds) throw std::invalid_argument(what);
-        };
         require(x.ndim() == 2 && offsets.ndim() == 1 && offsets.size() > 0, "expected x (tokens, hidden) and offsets (pairs + 1,)");
         const int64_t hidden = x.shape(1), pairs = offsets.size() - 1;
         require(num_heads > 0 && hidden % num_heads == 0, "expected heads of equal size");

@@ -153,7 +153,7 @@ class PackedBatch:
     list_offsets: Tensor
     max_pair_tokens: int = -1
     min_pair_tokens: int = -1
-    _memory: Tensor | None = field(default=None, repr=False)  # the bytes of all five, where _join() would put them
+    _memory: Tensor | None = field(default=None, repr=False)  # the bytes of all five, as _join() puts them
 
     def __post_init__(self):
         if min(self.max_pair_tokens, self.min_pair_tokens) < 0:
@@ -182,8 +182,8 @@ class PackedBatch:
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch on a device, without waiting for a GPU."""
         device, memory = torch.device(device), None
-        if self._memory is not None and device.type == "cuda" and not self._memory.is_cuda:
-            memory = self._memory.pin_memory().to(device, non_blocking=True)  # which leaves pinned memory as it is
+        if device.type == "cuda" and (joined := self._joined) is not None and not joined.is_cuda:
+            memory = joined.pin_memory().to(device, non_blocking=True)  # which leaves pinned memory as it is
         moved = send_together(self._tensors, device) if memory is None else _split(memory, self._tensors)
         return PackedBatch(
             *moved, max_pair_tokens=self.max_pair_tokens, min_pair_tokens=self.min_pair_tokens, _memory=memory
@@ -191,9 +191,18 @@ class PackedBatch:
 
     def copy_to(self, other: PackedBatch) -> None:
         """Writes a batch that lies on a CPU over one of the same shapes that to() has put on a GPU."""
-        memory = _join(self._tensors, pin_memory=True) if self._memory is None else self._memory.pin_memory()
+        memory = _join(self._tensors, pin_memory=True) if (joined := self._joined) is None else joined.pin_memory()
         target = _memory_of(other._tensors) if other._memory is None else other._memory
         target.copy_(memory, non_blocking=True)
+
+    @property
+    def _joined(self) -> Tensor | None:
+        """_memory, if the tensors are still its parts: those of a copy, or of dataclasses.replace(), may not be."""
+        if self._memory is None:
+            return None
+        places = _places([tensor.nbytes for tensor in self._tensors])[:-1]
+        start = self._memory.data_ptr()
+        return self._memory if places == [tensor.data_ptr() - start for tensor in self._tensors] else None
 
     @property
     def _tensors(self) -> tuple[Tensor, ...]:

@@ -427,7 +427,10 @@ class Reranker:
         return self.model.settings.first_position, 0
 
     @staticmethod
-    def _finish(place: np.ndarray, plan: list[np.ndarray], scores: torch.Tensor, ready: torch.cuda.Event | None):
+    def _finish(
+        place: np.ndarray, plan: list[np.ndarray], scores: torch.Tensor, ready: torch.cuda.Event | None
+    ) -> np.ndarray:
+        """What _start() began: raw scores of the pairs, float32 (pairs,)."""
         if ready is not None:
             ready.synchronize()
         cuts = np.cumsum([len(batch) for batch in plan])[:-1]

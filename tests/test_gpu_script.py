@@ -26,6 +26,7 @@ def test_every_part_runs(tmp_path):
         "padded SDPA, math",
         "sentence-transformers float32",
         "padded bf16 loop",
+        "sentence-transformers' trainer",
         "ONNX Runtime int8",
     ):
         assert contender in result.stdout

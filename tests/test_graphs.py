@@ -1,5 +1,9 @@
 """Buckets of CUDA graphs: every batch fits its bucket, and what fills it up changes no score. Graphs need a GPU."""
 
+import contextlib
+import threading
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +11,7 @@ from hub_models import make_checkpoint, random_pairs
 
 from fastrank import Reranker
 from fastrank.checkpoint import load_model
-from fastrank.model.graphs import LONGEST, MOST_TOKENS, Bucket, fill, find_bucket, plan_one_shape
+from fastrank.model.graphs import LONGEST, MOST_TOKENS, Bucket, fill, find_bucket, plan_one_shape, record
 from fastrank.packing import pack_pairs
 
 
@@ -74,3 +78,70 @@ def test_what_fills_a_bucket_changes_no_score(kind, tmp_path):
 def test_a_cpu_has_no_graphs():
     with pytest.raises(ValueError, match="cuda_graphs need a GPU, but the device is cpu"):
         Reranker("a model that is not looked for", device="cpu", cuda_graphs=True)
+
+
+def test_threads_record_one_after_another(monkeypatch):
+    """torch has one stream to record on, and attention's side streams are shared, too."""
+    running, most = [], []
+
+    @contextlib.contextmanager
+    def graph(*_, **__):
+        running.append(None)
+        most.append(len(running))
+        yield
+        running.pop()
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    threads = [threading.Thread(target=record, args=(lambda: time.sleep(0.01), None)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 4
+
+
+class _Stream:
+    """Writes down what waits for what."""
+
+    device_index = 0
+
+    def __init__(self, *_):
+        self.log = []
+
+    def record_event(self):
+        return self, len(self.log)
+
+    def wait_event(self, event):
+        self.log.append(event)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 4])
+def test_launches_of_a_graph_begin_together_and_are_waited_for(count, monkeypatch):
+    configuration = pytest.importorskip("fastrank.kernels.configuration")
+    main = _Stream()
+    used = [main]
+
+    @contextlib.contextmanager
+    def on(stream):
+        used.append(stream)
+        yield
+        used.pop()
+
+    launched = {}
+    launches = [lambda i=i: (launched.update({i: used[-1]}), used[-1].log.append(i)) for i in range(count)]
+    for name, value in {
+        "is_initialized": lambda: True,
+        "is_current_stream_capturing": lambda: True,
+        "current_stream": lambda: used[-1],
+        "Stream": _Stream,
+        "stream": on,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(configuration, "_side_streams", configuration._side_streams.__wrapped__)
+    configuration.run_together(launches)
+    assert sorted(launched) == list(range(count)) and len(set(launched.values())) == count
+    sides = [launched[i] for i in range(1, count)]
+    # Each side waits for what came before on the main stream, where the first one runs, and the main stream for all.
+    assert all(side.log == [(main, 0), i] for i, side in enumerate(sides, 1))
+    assert main.log == ([0, *((side, 2) for side in sides)] if count else [])

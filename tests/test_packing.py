@@ -1,5 +1,9 @@
 """Packing against the definition written as loops; plans against their promises."""
 
+import copy
+import dataclasses
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -231,6 +235,55 @@ def test_a_batch_is_packed_in_any_order_and_filled_up(written_in):
         pack_pairs(pairs, np.array([count]))
     # The last pair, as in any sequence.
     assert pack_pairs(pairs, np.array([-1])).token_ids.tolist() == pairs[-1][0].tolist()
+
+
+def test_a_changed_batch_does_not_send_what_it_was_made_of(written_in):
+    batch = pack_pairs(_random_pairs(np.random.default_rng(0), 5))
+    assert batch._joined is batch._memory is not None
+    others = dataclasses.replace(batch, token_types=1 - batch.token_types), copy.deepcopy(batch)
+    for other in (*others, pickle.loads(pickle.dumps(batch))):
+        assert other._joined is None or other._joined.data_ptr() == other.token_ids.data_ptr()
+    assert others[0]._joined is None
+
+
+@pytest.mark.parametrize("bucket", [Bucket(2, 2, 9), Bucket(9, 1, 9), Bucket(3, 1, 9), Bucket(9, 2, 9)])
+def test_a_bucket_that_pairs_do_not_fit_is_refused(bucket, written_in):
+    pairs = Pairs.join([(np.ones(2, np.int32), np.zeros(2, np.int32))] * 2)
+    with pytest.raises(ValueError):
+        pack_pairs(pairs, bucket=bucket)
+
+
+@pytest.mark.skipif(packing._cpu is None, reason="The C++ extension fastrank._cpu is not built.")
+def test_cpp_reads_and_writes_nothing_outside_of_its_arrays():
+    def ids(*values):
+        return np.array(values, np.int32)
+
+    def places(*values):
+        return np.array(values, np.int64)
+
+    two, frame = (ids(1, 2), ids(0, 0)), [(ids(9), ids(0))] * 3
+    for begin, count in ((0, 3), (2, 1), (3, 0), (-1, 1), (0, -1), (2**62, 2**62), (2**63 - 1, 2)):
+        spans, good = (places(begin), places(count)), (places(0), places(2))
+        with pytest.raises(ValueError, match="inside of the ids"):
+            packing._cpu.find_distinct(*two, *spans)
+        with pytest.raises(ValueError, match="inside of the ids"):
+            packing._cpu.pack_pairs(*two, *spans, 0, 0, *(places(0, 0) for _ in range(3)), ids(0, 0))
+        for query, document in ((spans, good), (good, spans)):
+            with pytest.raises(ValueError, match="inside of the ids"):
+                packing._cpu.join_pairs(two[0], *query, two[0], *document, frame, 0, 1)
+    for begins, counts, types in ((places(0), places(1, 1), two[1]), (places(0), places(2), ids(0))):
+        with pytest.raises(ValueError, match="as many"):
+            packing._cpu.find_distinct(two[0], types, begins, counts)
+    with pytest.raises(ValueError, match="as many documents as queries"):
+        packing._cpu.join_pairs(two[0], places(0, 0), places(1, 1), two[0], places(0), places(1), frame, 0, 1)
+    for wrong in (frame[:2], [*frame[:2], (ids(9, 9), ids(0))]):
+        with pytest.raises(ValueError, match=r"before, between and behind|as many types"):
+            packing._cpu.join_pairs(two[0], places(0), places(1), two[0], places(0), places(1), wrong, 0, 1)
+    # Tokens, types, positions and offsets that a batch of two tokens in one pair has room for.
+    for sizes in ((1, 1, 1, 2), (2, 2, 2, 0), (2, 2, 2, 1), (3, 3, 3, 2), (2, 1, 2, 2), (2, 2, 3, 2), (1, 1, 1, 3)):
+        room = [np.zeros(size, np.int64) for size in sizes[:3]]
+        with pytest.raises(ValueError, match=r"equally many tokens|room for the pairs"):
+            packing._cpu.pack_pairs(*two, places(0), places(2), 0, 0, *room, np.zeros(sizes[3], np.int32))
 
 
 def test_encoded_texts_are_a_sequence():

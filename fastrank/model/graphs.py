@@ -26,6 +26,8 @@ ONE_SHAPE = 8192, 512  # tokens and pairs of a batch where all have one shape, a
 MOST_GRAPHS = 64
 LONGEST = (32, 64, 128, 256, 512)  # where attention changes its kernels
 
+_recording = threading.Lock()
+
 
 def find_bucket(num_tokens: int, num_pairs: int, longest: int, *, most_tokens: int = MOST_TOKENS) -> Bucket | None:
     """The least bucket for a batch: with room for at least one more pair, a token for each pair that fills it up, and
@@ -172,7 +174,7 @@ def run_before_recording(run: Callable[[], object]) -> None:
 def record(run: Callable[[], Made], pool: object) -> tuple[torch.cuda.CUDAGraph, Made]:
     """A graph of what run() does on the GPU, in the memory of `pool` (of its own for None), and what run() returned."""
     graph = torch.cuda.CUDAGraph()
-    # Other threads may go on allocating meanwhile.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+    # Other threads may go on allocating meanwhile, but streams to record on are the process's.
+    with _recording, torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         made = run()
     return graph, made
