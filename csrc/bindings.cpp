@@ -306,7 +306,8 @@ void define_pairs(py::module_& m) {
     const int64_t* const begin = begins.data();
     const int64_t* const count = counts.data();
     for (int64_t i = 0; i < counts.size(); ++i)
-      require(begin[i] >= 0 && count[i] >= 0 && begin[i] <= size && count[i] <= size - begin[i], "expected spans inside of the ids");
+      require(begin[i] >= 0 && count[i] >= 0 && begin[i] <= size && count[i] <= size - begin[i],
+              "expected spans inside of the ids");
   };
   const auto view = [check_spans](const Ids& ids, const Ids& types, const Places& begins, const Places& counts) {
     require(ids.size() == types.size(), "expected as many types as ids");

@@ -1,7 +1,8 @@
 """Token ids of pairs in, PackedBatch out: no padding, no mask; and the order of pairs under a token budget.
 
 The one idea: tokens of all pairs lie in one flat array cut by `pair_offsets`, pairs of all lists are cut by
-`list_offsets`. Pairs that are scored are sorted by length into batches of at most so many tokens, and the caller's
+`list_offsets`; texts (EncodedTexts) and pairs (Pairs) lie so from the tokenizer on. What is done to each token is done
+in C++ (csrc/pairs.cpp), and defined here. Pairs that are scored are sorted by length into batches of at most so many tokens, and the caller's
 order is restored here; lists that are trained on keep their order and stay whole.
 """
 

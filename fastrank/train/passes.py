@@ -252,5 +252,8 @@ class Update:
                 self._optimizer.grad_scale = ((norm + 1e-6) / self._max_grad_norm).clamp(min=1.0)
             else:
                 clip_grads_with_norm_(self._learning, self._max_grad_norm, norm)
-        self._optimizer.step()
-        self._optimizer.grad_scale = None
+        try:
+            self._optimizer.step()
+        finally:
+            if self._is_fused:
+                self._optimizer.grad_scale = None

@@ -9,6 +9,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,33 +33,68 @@ from fastrank.kernels.configuration import (
 )
 
 HEAD_DIMS = (32, 64, 128)
-# Of short pairs, by head dimension and the longest pair of a kernel. The forward's: tile of queries, how many of these,
-# keys, more keys behind them, warps, stages, registers at most. The backward's: tile of queries, tile of keys, how many
-# of these, warps, stages, registers. Longer pairs are long ones. Chosen by measurement on an H200; tiles for up to 96
-# tokens at head dim 64 took a tenth less for such pairs alone, but not where pairs of 97 to 128 need a kernel, too.
+
+
+class ForwardTiles(NamedTuple):
+    """Tile of queries and how many of these, keys and more keys behind them; registers of a thread at most."""
+
+    queries: int
+    query_tiles: int
+    keys: int
+    more_keys: int
+    warps: int
+    stages: int
+    registers: int | None = None
+
+
+class BackwardTiles(NamedTuple):
+    """Tile of queries, tile of keys and how many of these; registers of a thread at most."""
+
+    queries: int
+    keys: int
+    key_tiles: int
+    warps: int
+    stages: int
+    registers: int | None = None
+
+
+# Of short pairs, by head dimension and the longest pair of a kernel; longer pairs are long ones. Chosen by measurement on
+# an H200; tiles for up to 96 tokens at head dim 64 took a tenth less for such pairs alone, but not where pairs of 97 to
+# 128 need a kernel, too.
 FORWARD_TILES = {
     32: {
-        32: (32, 1, 32, 0, 2, 2, None),
-        64: (64, 1, 64, 0, 4, 2, None),
-        96: (64, 2, 64, 32, 4, 2, 128),
-        128: (64, 2, 128, 0, 4, 2, 128),
+        32: ForwardTiles(32, 1, 32, 0, 2, 2),
+        64: ForwardTiles(64, 1, 64, 0, 4, 2),
+        96: ForwardTiles(64, 2, 64, 32, 4, 2, 128),
+        128: ForwardTiles(64, 2, 128, 0, 4, 2, 128),
     },
     64: {
-        32: (32, 1, 32, 0, 2, 2, None),
-        64: (64, 1, 64, 0, 4, 2, None),
-        128: (128, 1, 128, 0, 8, 2, 128),
+        32: ForwardTiles(32, 1, 32, 0, 2, 2),
+        64: ForwardTiles(64, 1, 64, 0, 4, 2),
+        128: ForwardTiles(128, 1, 128, 0, 8, 2, 128),
     },
     128: {
-        32: (32, 1, 32, 0, 2, 1, None),
-        64: (64, 1, 64, 0, 4, 1, None),
-        96: (128, 1, 64, 32, 8, 1, None),
-        128: (64, 2, 128, 0, 8, 1, None),
+        32: ForwardTiles(32, 1, 32, 0, 2, 1),
+        64: ForwardTiles(64, 1, 64, 0, 4, 1),
+        96: ForwardTiles(128, 1, 64, 32, 8, 1),
+        128: ForwardTiles(64, 2, 128, 0, 8, 1),
     },
 }
 BACKWARD_TILES = {
-    32: {32: (32, 32, 1, 2, 1, None), 64: (64, 64, 1, 4, 1, None), 128: (128, 64, 2, 8, 1, 128)},
-    64: {32: (32, 32, 1, 2, 1, None), 64: (64, 64, 1, 4, 1, None), 128: (128, 32, 4, 8, 2, 128)},
-    128: {32: (32, 32, 1, 2, 1, None), 64: (64, 64, 1, 8, 1, None)},
+    32: {
+        32: BackwardTiles(32, 32, 1, 2, 1),
+        64: BackwardTiles(64, 64, 1, 4, 1),
+        128: BackwardTiles(128, 64, 2, 8, 1, 128),
+    },
+    64: {
+        32: BackwardTiles(32, 32, 1, 2, 1),
+        64: BackwardTiles(64, 64, 1, 4, 1),
+        128: BackwardTiles(128, 32, 4, 8, 2, 128),
+    },
+    128: {
+        32: BackwardTiles(32, 32, 1, 2, 1),
+        64: BackwardTiles(64, 64, 1, 8, 1),
+    },
 }
 # A forward of short pairs has more heads a program where it would have more programs than so many: it loads the next
 # head's rows while it computes. Where pairs of up to 64 tokens are alone in a batch, there are loads enough without.
@@ -88,33 +124,33 @@ def _configure(
 def _short_configurations(dtype: torch.dtype, head_dim: int) -> dict[str, Configuration]:
     made = {}
     shortest = 1
-    for longest, (queries, query_tiles, keys, more, warps, stages, registers) in FORWARD_TILES[head_dim].items():
+    for longest, tiles in FORWARD_TILES[head_dim].items():
         made[f"forward {longest}"] = _configure(
             gpu_kernels.attention_short_forward_kernel,
             dtype,
-            warps,
-            stages,
-            registers,
+            tiles.warps,
+            tiles.stages,
+            tiles.registers,
             HEAD_DIM=head_dim,
-            BLOCK_QUERIES=queries,
-            QUERY_TILES=query_tiles,
-            BLOCK_KEYS=keys,
-            MORE_KEYS=more,
+            BLOCK_QUERIES=tiles.queries,
+            QUERY_TILES=tiles.query_tiles,
+            BLOCK_KEYS=tiles.keys,
+            MORE_KEYS=tiles.more_keys,
             MIN_KEYS=shortest,
         )
         shortest = longest + 1
     shortest = 1
-    for longest, (queries, keys, key_tiles, warps, stages, registers) in BACKWARD_TILES[head_dim].items():
+    for longest, tiles in BACKWARD_TILES[head_dim].items():
         made[f"backward {longest}"] = _configure(
             gpu_kernels.attention_short_backward_kernel,
             dtype,
-            warps,
-            stages,
-            registers,
+            tiles.warps,
+            tiles.stages,
+            tiles.registers,
             HEAD_DIM=head_dim,
-            BLOCK_QUERIES=queries,
-            BLOCK_KEYS=keys,
-            KEY_TILES=key_tiles,
+            BLOCK_QUERIES=tiles.queries,
+            BLOCK_KEYS=tiles.keys,
+            KEY_TILES=tiles.key_tiles,
             MIN_KEYS=shortest,
         )
         shortest = longest + 1

@@ -582,10 +582,10 @@ class _EmbeddingNorm(Function):
 
 
 def _sum_rows(dx: Tensor, ids: Tensor, num_ids: int, skipped: int) -> Tensor:
-    """The gradient of a table. torch sorts the ids and adds the rows of each up in order, but for thousands of rows of
-    one id, which token types have: there the order differs from run to run."""
+    """The gradient of a table. torch sorts the ids and adds the rows of each up in order, but for few ids of thousands
+    of rows each, as token types are: those it adds up by atomics (from 2.11 on), in another order in every run."""
     if num_ids <= FEW_IDS and skipped < 0:
-        return torch.stack([(dx * (ids == one)[:, None]).sum(0) for one in range(num_ids)])
+        return torch.stack([torch.where((ids == one)[:, None], dx, 0.0).sum(0) for one in range(num_ids)])
     return torch.ops.aten.embedding_dense_backward(dx, ids, num_ids, skipped, False)
 
 
