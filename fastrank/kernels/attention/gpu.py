@@ -58,9 +58,9 @@ class BackwardTiles(NamedTuple):
     registers: int | None = None
 
 
-# Of short pairs, by head dimension and the longest pair of a kernel; longer pairs are long ones. Chosen by measurement on
-# an H200; tiles for up to 96 tokens at head dim 64 took a tenth less for such pairs alone, but not where pairs of 97 to
-# 128 need a kernel, too.
+# Of short pairs, by head dimension and the longest pair of a kernel; longer pairs are long ones. Chosen by measurement
+# on an H200; tiles for up to 96 tokens at head dim 64 took a tenth less for such pairs alone, but not where pairs of 97
+# to 128 need a kernel, too.
 FORWARD_TILES = {
     32: {
         32: ForwardTiles(32, 1, 32, 0, 2, 2),
