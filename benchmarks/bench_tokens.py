@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 
+import numpy as np
 import pytest
 import torch
 from timing import CLOCK, Comparison, Contender
@@ -17,13 +18,15 @@ MAX_LENGTH = 512
 NAMES = ["fastrank cpu", "fastrank reference", "tokenizers", "transformers"]
 
 
-def joined(tokenizer: PairTokenizer, queries, documents) -> list[list[int]]:
+def joined(tokenizer: PairTokenizer, queries, documents) -> list[np.ndarray]:
     """As the Reranker does it: every query and every document once, then the pairs."""
     unique = list(dict.fromkeys(queries))
-    of_query = dict(zip(unique, tokenizer.encode(unique), strict=True))
-    enough = tokenizer.enough_tokens(max(map(len, of_query.values())))
-    found = tokenizer.encode(documents, enough=enough)
-    return [tokenizer.pair(of_query[query], ids)[0] for query, ids in zip(queries, found, strict=True)]
+    places = {query: place for place, query in enumerate(unique)}
+    of_queries = tokenizer.encode_together(unique)
+    enough = tokenizer.enough_tokens(int(of_queries.lengths.max()))
+    of_documents = tokenizer.encode_together(documents, enough=enough)
+    query_of = np.array([places[query] for query in queries])
+    return [ids for ids, _ in tokenizer.join(of_queries, query_of, of_documents, np.arange(len(documents)))]
 
 
 @functools.cache

@@ -2,8 +2,8 @@
 
 The one idea: tokens of all pairs lie in one flat array cut by `pair_offsets`, pairs of all lists are cut by
 `list_offsets`; texts (EncodedTexts) and pairs (Pairs) lie so from the tokenizer on. What is done to each token is done
-in C++ (csrc/pairs.cpp), and defined here. Pairs that are scored are sorted by length into batches of at most so many tokens, and the caller's
-order is restored here; lists that are trained on keep their order and stay whole.
+in C++ (csrc/pairs.cpp), and defined here. Pairs that are scored are sorted by length into batches of at most so many
+tokens, and the caller's order is restored here; lists that are trained on keep their order and stay whole.
 """
 
 from __future__ import annotations
