@@ -313,10 +313,12 @@ class Trainer:
 
     def tokenize(self, lists: Sequence[RankingList]) -> list[list[Pair]]:
         """Each list's pairs as (token ids, token types)."""
-        texts = list(dict.fromkeys(text for one in lists for text in (one.query, *one.documents)))
-        ids = dict(zip(texts, self.tokenizer.encode(texts), strict=True))
-        of_queries = [ids[one.query] for one in lists for _ in one.documents]
-        pairs = iter(self.tokenizer.pairs(of_queries, [ids[text] for one in lists for text in one.documents]))
+        places = dict.fromkeys(text for one in lists for text in (one.query, *one.documents))
+        places.update(zip(places, itertools.count(), strict=False))
+        query_of = np.array([places[one.query] for one in lists for _ in one.documents], np.int64)
+        document_of = np.array([places[text] for one in lists for text in one.documents], np.int64)
+        texts = self.tokenizer.encode_together(list(places))
+        pairs = iter(self.tokenizer.join(texts, query_of, texts, document_of))
         return [list(itertools.islice(pairs, len(one.documents))) for one in lists]
 
     def scores(self, lists: Sequence[RankingList]) -> list[np.ndarray]:
