@@ -12,7 +12,7 @@ from timing import CLOCK, Comparison, Contender
 from transformers import AutoTokenizer
 from workloads import checkpoint, ranking_lists
 
-from fastrank.tokens import PairTokenizer
+from fastrank.tokens import PairTokenizer, find_unique
 
 MAX_LENGTH = 512
 NAMES = ["fastrank cpu", "fastrank reference", "tokenizers", "transformers"]
@@ -20,12 +20,10 @@ NAMES = ["fastrank cpu", "fastrank reference", "tokenizers", "transformers"]
 
 def joined(tokenizer: PairTokenizer, queries, documents) -> list[np.ndarray]:
     """As the Reranker does it: every query and every document once, then the pairs."""
-    unique = list(dict.fromkeys(queries))
-    places = {query: place for place, query in enumerate(unique)}
+    query_of, unique = find_unique(queries)
     of_queries = tokenizer.encode_together(unique)
     enough = tokenizer.enough_tokens(int(of_queries.lengths.max()))
     of_documents = tokenizer.encode_together(documents, enough=enough)
-    query_of = np.array([places[query] for query in queries])
     return [ids for ids, _ in tokenizer.join(of_queries, query_of, of_documents, np.arange(len(documents)))]
 
 

@@ -25,7 +25,34 @@ else:
 Pair = tuple[np.ndarray, np.ndarray]  # token ids and token types, as PairTokenizer.pair returns them
 
 
-class EncodedTexts(Sequence[np.ndarray]):
+class _Runs(Sequence):
+    """What lies one after another in arrays that are cut by `ends`, int64: a sequence of views of these."""
+
+    def __init__(self, ends: np.ndarray):
+        self.begins, self.ends = np.zeros_like(ends), ends
+        self.begins[1:] = ends[:-1]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each, int64."""
+        return self.ends - self.begins
+
+    def _view(self, begin: int, end: int):
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return self._view(self.begins[index], self.ends[index])
+
+    def __iter__(self) -> Iterator:
+        return map(self._view, self.begins.tolist(), self.ends.tolist())
+
+
+class EncodedTexts(_Runs):
     """Token ids of texts, one after another in one array: a sequence of int32 arrays (tokens,), views of it.
 
     Arguments:
@@ -34,18 +61,14 @@ class EncodedTexts(Sequence[np.ndarray]):
     """
 
     def __init__(self, ids: np.ndarray, ends: np.ndarray):
-        self.ids, self.begins, self.ends = ids, _begins(ends), ends
+        super().__init__(ends)
+        self.ids = ids
 
     @classmethod
     def join(cls, arrays: Sequence[np.ndarray]) -> EncodedTexts:
         """The same texts."""
         lengths = np.fromiter(map(len, arrays), np.int64, len(arrays))
         return cls(np.concatenate([np.zeros(0, np.int32), *arrays]), lengths.cumsum())
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each text, int64 (texts,)."""
-        return self.ends - self.begins
 
     def insert(self, places: Sequence[int], arrays: Sequence[np.ndarray]) -> EncodedTexts:
         """With these in the places, ascending, of texts that have no tokens."""
@@ -55,20 +78,11 @@ class EncodedTexts(Sequence[np.ndarray]):
         between = itertools.chain.from_iterable(zip(arrays, runs[1:], strict=True))
         return EncodedTexts(np.concatenate([runs[0], *between]), lengths.cumsum())
 
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        return self.ids[self.begins[index] : self.ends[index]]
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        for begin, end in zip(self.begins.tolist(), self.ends.tolist(), strict=True):
-            yield self.ids[begin:end]
+    def _view(self, begin: int, end: int) -> np.ndarray:
+        return self.ids[begin:end]
 
 
-class Pairs(Sequence[Pair]):
+class Pairs(_Runs):
     """Pairs one after another in two arrays: a sequence of Pair, views of these, for which thousands need no Python
     each.
 
@@ -78,8 +92,8 @@ class Pairs(Sequence[Pair]):
     """
 
     def __init__(self, ids: np.ndarray, types: np.ndarray, ends: np.ndarray):
+        super().__init__(ends)
         self.ids, self.types = ids, types
-        self.begins, self.ends = _begins(ends), ends
 
     @classmethod
     def join(cls, pairs: Sequence[Pair]) -> Pairs:
@@ -94,23 +108,8 @@ class Pairs(Sequence[Pair]):
             raise ValueError(f"Pair {different[0]} has {len(ids)} token ids and {len(types)} token types.")
         return cls(*map(_concatenate, zip(*pairs, strict=True)), lengths.cumsum())
 
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each pair, int64 (pairs,)."""
-        return self.ends - self.begins
-
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        begin, end = self.begins[index], self.ends[index]
+    def _view(self, begin: int, end: int) -> Pair:
         return self.ids[begin:end], self.types[begin:end]
-
-    def __iter__(self) -> Iterator[Pair]:
-        for begin, end in zip(self.begins.tolist(), self.ends.tolist(), strict=True):
-            yield self.ids[begin:end], self.types[begin:end]
 
     def find_distinct(self) -> tuple[np.ndarray, np.ndarray]:
         """Which of the different pairs each one is, counted as they appear, and where each of those stands first; both
@@ -257,12 +256,6 @@ def _lengths(pairs: Sequence[Pair]) -> np.ndarray:
     return pairs.lengths if isinstance(pairs, Pairs) else np.array([len(ids) for ids, _ in pairs], dtype=np.int64)
 
 
-def _begins(ends: np.ndarray) -> np.ndarray:
-    begins = np.zeros_like(ends)
-    begins[1:] = ends[:-1]
-    return begins
-
-
 def _concatenate(arrays: Sequence[np.ndarray]) -> np.ndarray:
     joined = np.concatenate(arrays)
     if joined.dtype == np.int32:
@@ -369,11 +362,13 @@ def _cut_by_budget(sizes: Sequence[int] | np.ndarray, budget: int) -> list[tuple
 def _offsets(sizes: Sequence[int] | np.ndarray) -> np.ndarray:
     offsets = np.zeros(len(sizes) + 1, dtype=np.int64)
     np.cumsum(sizes, out=offsets[1:])
-    if offsets[-1] > np.iinfo(np.int32).max:
-        raise ValueError(
-            f"A batch of {offsets[-1]} tokens is past what 32-bit offsets can say; lower max_batch_tokens."
-        )
+    _refuse_too_many(int(offsets[-1]))
     return offsets
+
+
+def _refuse_too_many(num_tokens: int) -> None:
+    if num_tokens > np.iinfo(np.int32).max:
+        raise ValueError(f"A batch of {num_tokens} tokens is past what 32-bit offsets can say; lower max_batch_tokens.")
 
 
 def _pack(
@@ -386,7 +381,7 @@ def _pack(
 ) -> PackedBatch:
     lengths = _lengths(pairs)[slice(None) if order is None else order]
     # Before anything is copied: what is too much for the offsets may be too much for the memory.
-    _offsets(lengths)
+    _refuse_too_many(int(lengths.sum()))
     list_offsets = _offsets(list_sizes)
     pairs = Pairs.join(pairs)
     begins = pairs.begins[slice(None) if order is None else order]
@@ -409,16 +404,18 @@ def _pack(
     return PackedBatch(*map(torch.from_numpy, parts), max_pair_tokens=longest, min_pair_tokens=shortest, _memory=memory)
 
 
+def filler_lengths(num_tokens: int, num_pairs: int) -> np.ndarray:
+    """Tokens of each pair that fills a batch up, int64 (num_pairs,): about equally many, the longer ones first."""
+    shorter, num_longer = divmod(num_tokens, max(num_pairs, 1))
+    lengths = np.full(num_pairs, shorter, np.int64)
+    lengths[:num_longer] += 1
+    return lengths
+
+
 def _write(pairs, begins, lengths, filler, token_ids, token_types, positions, pair_offsets) -> None:
     """Pairs, and what fills the arrays up, as csrc/pairs.hpp's pack_pairs() writes them."""
     num_tokens, num_missing = int(lengths.sum()), len(pair_offsets) - 1 - len(lengths)
-    if num_missing:
-        shorter, num_longer = divmod(len(token_ids) - num_tokens, num_missing)
-        added = np.full(num_missing, shorter)
-        added[:num_longer] += 1
-    else:
-        added = np.zeros(0, np.int64)
-    every = np.concatenate([lengths, added])
+    every = np.concatenate([lengths, filler_lengths(len(token_ids) - num_tokens, num_missing)])
     pair_offsets[0] = 0
     np.cumsum(every, out=pair_offsets[1:])
     positions[:] = np.arange(len(positions)) - np.repeat(pair_offsets[:-1], every)

@@ -7,7 +7,6 @@ raw float32 scores; an activation only changes the numbers that are shown, so th
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import operator
 import os
@@ -31,7 +30,7 @@ from fastrank.packing import Pair, Pairs, pack_pairs, plan_batches, plan_even_ba
 from fastrank.quantized import FILE as INT8_FILE
 from fastrank.quantized import load_int8
 from fastrank.ranking import RankedDocument, Ranking, describe, document_id, document_text
-from fastrank.tokens import PairTokenizer
+from fastrank.tokens import PairTokenizer, find_unique
 
 if TYPE_CHECKING:
     from fastrank.data import RankingList
@@ -352,8 +351,8 @@ class Reranker:
         return parts
 
     def _encode(self, queries: list[str], documents: list[list[str]]) -> Pairs:
-        query_of, unique_queries = _find_unique(queries)
-        document_of, unique_documents = _find_unique([text for texts in documents for text in texts])
+        query_of, unique_queries = find_unique(queries)
+        document_of, unique_documents = find_unique([text for texts in documents for text in texts])
         with _cpu_threads(self.num_threads):
             of_queries = self.tokenizer.encode_together(unique_queries)
             enough = self.tokenizer.enough_tokens(int(of_queries.lengths.max(initial=0)))
@@ -545,16 +544,6 @@ def _callers_level() -> int:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("fastrank."):
         frame, level = frame.f_back, level + 1
     return level
-
-
-def _find_unique(texts: list[str]) -> tuple[np.ndarray, list[str]]:
-    """Which of the different texts each one is, int64, and these."""
-    places = dict.fromkeys(texts)
-    unique = list(places)
-    if len(unique) == len(texts):
-        return np.arange(len(texts)), unique
-    places.update(zip(unique, itertools.count(), strict=False))
-    return np.fromiter(map(places.__getitem__, texts), np.int64, len(texts)), unique
 
 
 def _query_text(query: Any, where: str) -> str:

@@ -409,6 +409,16 @@ class PairTokenizer:
         self._frame = list(zip((self._prefix, self._middle, self._suffix), np.split(values, cuts), strict=True))
 
 
+def find_unique(texts: Sequence[str]) -> tuple[np.ndarray, list[str]]:
+    """Which of the different texts each one is, int64 (texts,), and these, in order of appearance."""
+    places = dict.fromkeys(texts)
+    unique = list(places)
+    if len(unique) == len(texts):
+        return np.arange(len(texts)), unique
+    places.update(zip(unique, itertools.count(), strict=False))
+    return np.fromiter(map(places.__getitem__, texts), np.int64, len(texts)), unique
+
+
 def _without_surrogates(text: str, position: int) -> str:
     if not isinstance(text, str):
         raise TypeError(f"Text {position} is {type(text).__name__}, not str.")

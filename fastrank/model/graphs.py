@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastrank.model.gpu_layers import state_of
-from fastrank.packing import Bucket, PackedBatch, Pairs, pack_pairs, plan_batches
+from fastrank.packing import Bucket, PackedBatch, Pairs, filler_lengths, pack_pairs, plan_batches
 
 Made = TypeVar("Made")
 
@@ -50,9 +50,7 @@ def find_bucket(num_tokens: int, num_pairs: int, longest: int, *, most_tokens: i
 def fill(batch: PackedBatch, bucket: Bucket, filler: tuple[int, int]) -> PackedBatch:
     """The batch, on a CPU, filled up to its bucket; filler: token id and token type of what is added."""
     num_tokens, num_pairs = bucket.num_tokens - batch.num_tokens, bucket.num_pairs - batch.num_pairs
-    short, more = divmod(num_tokens, num_pairs)
-    lengths = np.full(num_pairs, short)
-    lengths[:more] += 1
+    lengths = filler_lengths(num_tokens, num_pairs)
     ends = batch.num_tokens + np.cumsum(lengths)
     positions = np.arange(num_tokens) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     added = [np.full(num_tokens, value) for value in filler]

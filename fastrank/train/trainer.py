@@ -25,6 +25,7 @@ from fastrank.model import CrossEncoder
 from fastrank.model.settings import Settings
 from fastrank.packing import Pair, pack_pairs, plan_chunks, send_together
 from fastrank.reranker import Reranker, default_dtype, find_device, load_parts
+from fastrank.tokens import find_unique
 
 from .config import TrainConfig
 from .passes import GoBack, Passes, Update
@@ -313,12 +314,13 @@ class Trainer:
 
     def tokenize(self, lists: Sequence[RankingList]) -> list[list[Pair]]:
         """Each list's pairs as (token ids, token types)."""
-        places = dict.fromkeys(text for one in lists for text in (one.query, *one.documents))
-        places.update(zip(places, itertools.count(), strict=False))
-        query_of = np.array([places[one.query] for one in lists for _ in one.documents], np.int64)
-        document_of = np.array([places[text] for one in lists for text in one.documents], np.int64)
-        texts = self.tokenizer.encode_together(list(places))
-        pairs = iter(self.tokenizer.join(texts, query_of, texts, document_of))
+        text_of, unique = find_unique(
+            [*(one.query for one in lists), *(text for one in lists for text in one.documents)]
+        )
+        query_of, document_of = np.split(text_of, [len(lists)])
+        texts = self.tokenizer.encode_together(unique)
+        sizes = [len(one.documents) for one in lists]
+        pairs = iter(self.tokenizer.join(texts, query_of.repeat(sizes), texts, document_of))
         return [list(itertools.islice(pairs, len(one.documents))) for one in lists]
 
     def scores(self, lists: Sequence[RankingList]) -> list[np.ndarray]:
